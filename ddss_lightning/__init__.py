@@ -1,0 +1,67 @@
+"""Learn a 5 to 25 step sampler for a frozen, pretrained diffusion model.
+
+Names are loaded when first used, so that the sampler works without the cost of lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
+    from ddss_lightning.coefficients import Coefficients
+    from ddss_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
+    from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
+    from ddss_lightning.features import ConvFeatures, FeatureExtractor
+    from ddss_lightning.ggdm import GGDMSampler
+    from ddss_lightning.losses import KIDLoss
+    from ddss_lightning.module import DDSSModule
+    from ddss_lightning.schedule import NoiseSchedule
+    from ddss_lightning.unroll import unroll
+
+__version__ = "0.1.0.dev0"
+
+_ROOMS = {
+    "callbacks": ("ImageWriter", "SampleQuality", "SamplerPictures"),
+    "coefficients": ("Coefficients",),
+    "data": ("DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"),
+    "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
+    "features": ("ConvFeatures", "FeatureExtractor"),
+    "ggdm": ("GGDMSampler",),
+    "losses": ("KIDLoss",),
+    "module": ("DDSSModule",),
+    "schedule": ("NoiseSchedule",),
+    "unroll": ("unroll",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "Coefficients",
+    "ConvFeatures",
+    "DDSSModule",
+    "Denoiser",
+    "DiffusersDenoiser",
+    "DigitsDataModule",
+    "FeatureExtractor",
+    "GGDMSampler",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "ImageWriter",
+    "KIDLoss",
+    "MixtureDenoiser",
+    "NoiseSchedule",
+    "SampleQuality",
+    "SamplerPictures",
+    "unroll",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

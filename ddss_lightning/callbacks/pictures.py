@@ -1,0 +1,86 @@
+"""What the sampler makes and what it is, in TensorBoard and as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ddss_lightning.module import DDSSModule
+from ddss_lightning.pictures import image_grid, mu_figure, save_png, times_figure
+
+
+class SamplerPictures(Callback):
+    """At each validation: a grid of samples from fixed noise, the heat map of mu, and the times over training.
+
+    To TensorBoard as `samples`, `mu` and `times`; the last of each also as PNG in `<log folder>/pictures`.
+
+    Args:
+        num_images: samples of the grid, taken from the first validation batch.
+        columns: samples per row.
+        scale: enlargement of the pixels.
+    """
+
+    def __init__(self, num_images: int = 64, columns: int = 16, scale: int = 4) -> None:
+        self.num_images, self.columns, self.scale = num_images, columns, scale
+        self.steps: list[int] = []
+        self.logsnrs: list[list[float]] = []
+        self.times: list[list[float]] = []
+        self._grid: Tensor | None = None
+
+    def on_validation_batch_end(  # noqa: D102 - Lightning's hook
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401, ARG002
+        batch_idx: int,
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        if batch_idx == 0 and trainer.is_global_zero:
+            self._grid = image_grid(outputs[: self.num_images], self.columns, self.scale)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The times of the initial sampler."""
+        if not self.steps:
+            self._record(trainer.global_step, pl_module)
+
+    def _record(self, step: int, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DDSSModule)
+        self.steps.append(step)
+        self.logsnrs.append(pl_module.averaged.logsnrs().tolist())
+        self.times.append(pl_module.averaged.timesteps().tolist())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        assert isinstance(pl_module, DDSSModule)
+        if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or trainer.state.fn != "fit":
+            return
+        self._record(trainer.global_step, pl_module)
+        if not trainer.is_global_zero or self._grid is None:
+            return
+        figures = {
+            "mu": mu_figure(pl_module.averaged.coefficients()),
+            "times": times_figure(self.steps, self.logsnrs, self.times),
+        }
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(self._grid, folder / "samples.png")
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", self._grid, trainer.global_step)
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(name, figure, trainer.global_step, close=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"steps": self.steps, "logsnrs": self.logsnrs, "times": self.times}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves."""
+        self.steps, self.logsnrs, self.times = (list(state_dict[name]) for name in ("steps", "logsnrs", "times"))

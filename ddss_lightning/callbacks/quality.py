@@ -1,0 +1,195 @@
+"""FID, KID and IS on held-out noise, and the best sampler, the initial one included."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.ggdm import CARD_NAME
+from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance
+from ddss_lightning.module import DDSSModule
+
+Score = Literal["fid", "kid"]
+
+
+def quality_metrics(features: FeatureExtractor, real: Tensor) -> MetricCollection:
+    """FID and KID against real features, shape (m, d), and IS if the network has a classification head."""
+    metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real), "kid": KernelDistance(real)}
+    try:
+        num_classes = features.logits(real[:1]).shape[1]
+    except NotImplementedError:
+        return MetricCollection(metrics)
+    return MetricCollection({**metrics, "is": InceptionScore(num_classes)}, compute_groups=False)
+
+
+def update_quality(metrics: MetricCollection, features: FeatureExtractor, images: Tensor) -> None:
+    """Add generated images, pixels in [-1, 1], shape (N, C, H, W)."""
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        vectors = features(images.float())
+        for name, metric in metrics.items():
+            metric.update(features.logits(vectors) if name == "is" else vectors)
+
+
+class SampleQuality(Callback):
+    """Score the sampler at the end of each validation epoch; keep and save the best.
+
+    Before the first training step the initial sampler is scored in the same way: it is candidate 0, so that the
+    result of a fit is never worse, on the held-out noise, than the solver it started from. The best sampler is
+    written whenever it improves, and is the module's sampler when fit ends.
+
+    It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`.
+
+    Args:
+        monitor: the score that selects, `fid` or `kid`; lower is better.
+        dirpath: where the best sampler goes; default `<log folder>/sampler`.
+        overwrite: allow `dirpath` to hold a sampler already.
+    """
+
+    def __init__(self, monitor: Score = "fid", dirpath: str | None = None, overwrite: bool = False) -> None:
+        if monitor not in ("fid", "kid"):
+            raise ValueError(f"monitor must be 'fid' or 'kid', got '{monitor}'.")
+        self.monitor, self.dirpath, self.overwrite = monitor, dirpath, overwrite
+        self.initial: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.best_step = 0
+        self.best_sampler: dict[str, Tensor] = {}
+        self.scores: dict[str, float] = {}
+        self._metrics: MetricCollection | None = None
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Where the best sampler is written."""
+        return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "sampler"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Refuse to overwrite a sampler, before any work starts."""
+        if stage != "fit" or self.overwrite or trainer.ckpt_path is not None or not self.dirpath:
+            return
+        if (Path(self.dirpath) / CARD_NAME).exists():
+            raise ValueError(f"'{self.dirpath}' already holds a sampler; give another dirpath or overwrite=True.")
+
+    def _begin(self, module: DDSSModule) -> None:
+        if self._metrics is None:
+            self._metrics = quality_metrics(module.features, module.real_features()).to(module.device)
+        self._metrics.reset()
+
+    def _update(self, module: DDSSModule, images: Tensor) -> None:
+        assert self._metrics is not None
+        update_quality(self._metrics, module.features, images)
+
+    def _compute(self) -> dict[str, float]:
+        assert self._metrics is not None
+        self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
+        return self.scores
+
+    # --------------------------------------------------------------------------------------------- candidate 0
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the initial sampler, unless a resumed fit has its scores."""
+        assert isinstance(pl_module, DDSSModule)
+        loader = getattr(getattr(trainer, "datamodule", None), "val_dataloader", None)
+        if self.initial or loader is None or not trainer.enable_validation:
+            return
+        self._begin(pl_module)
+        limit = trainer.limit_val_batches
+        batches = loader()
+        count = limit if isinstance(limit, int) else round(limit * len(batches))
+        for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
+            self._update(pl_module, pl_module.validation_step(batch, index))
+        self.initial = self._compute()
+        rank_zero_info(f"initial sampler: {_line(self.initial)}")
+        self._select(trainer, pl_module)
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Start from empty metrics."""
+        assert isinstance(pl_module, DDSSModule)
+        self._begin(pl_module)
+
+    def on_validation_batch_end(  # noqa: D102 - Lightning's hook
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401, ARG002
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        assert isinstance(pl_module, DDSSModule)
+        self._update(pl_module, outputs)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute, log, and keep the sampler if it is the best so far."""
+        assert isinstance(pl_module, DDSSModule)
+        if trainer.sanity_checking:
+            return
+        for name, value in self._compute().items():
+            pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor)
+        if trainer.state.fn == "fit":
+            self._select(trainer, pl_module)
+            pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Compute and log."""
+        for name, value in self._compute().items():
+            pl_module.log(f"test/{name}", value)
+
+    # ------------------------------------------------------------------------------------------------ selection
+
+    def _select(self, trainer: Trainer, module: DDSSModule) -> None:
+        if self.best and not self.scores[self.monitor] < self.best[self.monitor]:
+            return
+        self.best, self.best_step = dict(self.scores), trainer.global_step
+        self.best_sampler = copy.deepcopy(module.averaged.state_dict())
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            scores = {
+                "validation": self.best,
+                "validation_of_initial_sampler": self.initial,
+                "validation_images": trainer.datamodule.num_val_images,  # type: ignore[attr-defined]
+                "training_step": self.best_step,
+                "seed": module.seed,
+            }
+            base_model = {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
+            module.averaged.save_pretrained(self.folder(trainer), base_model, scores, overwrite=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its best sampler, and say what was reached and where it is."""
+        assert isinstance(pl_module, DDSSModule)
+        if not self.best:
+            return
+        pl_module.averaged.load_state_dict(self.best_sampler)
+        pl_module.sampler.load_state_dict(self.best_sampler)
+        where = "" if getattr(trainer, "fast_dev_run", False) else f", saved in '{self.folder(trainer)}'"
+        rank_zero_info(
+            f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs to know."""
+        return {
+            "initial": self.initial,
+            "best": self.best,
+            "best_step": self.best_step,
+            "best_sampler": self.best_sampler,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.initial, self.best = state_dict["initial"], state_dict["best"]
+        self.best_step, self.best_sampler = state_dict["best_step"], state_dict["best_sampler"]
+
+
+def _line(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name.upper()} {value:.4g}" for name, value in scores.items())

@@ -1,0 +1,7 @@
+"""Lightning data modules."""
+
+from ddss_lightning.data.base import ImageDataModule
+from ddss_lightning.data.digits import DigitsDataModule
+from ddss_lightning.data.folder import ImageFolderDataModule
+
+__all__ = ["DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"]

@@ -1,0 +1,69 @@
+"""Real images from a folder of image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ddss_lightning.data.base import ImageDataModule
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+class FolderImages(Dataset[Tensor]):
+    """All image files below a folder, centre-cropped to a square, resized (Lanczos) and scaled to [-1, 1].
+
+    Args:
+        root: the folder; subfolders are included.
+        image_size: height = width of the result, pixels.
+        image_channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: the folder is missing or holds no image file.
+    """
+
+    def __init__(self, root: str | Path, image_size: int, image_channels: int = 3) -> None:
+        if image_channels not in (1, 3):
+            raise ValueError(f"image_channels must be 1 (grey) or 3 (RGB), got {image_channels}.")
+        if not Path(root).is_dir():
+            raise ValueError(f"There is no image folder '{root}'; give the folder that holds the real images.")
+        self.files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise ValueError(f"'{root}' holds no image file ({', '.join(sorted(SUFFIXES))}).")
+        self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[image_channels]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        from PIL import Image, ImageOps
+
+        with Image.open(self.files[index]) as image:
+            size = (self.image_size, self.image_size)
+            square = ImageOps.fit(image.convert(self.mode), size, Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(square)).float() / 127.5 - 1
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Real images from a folder, for one's own model.
+
+    Args:
+        root: the folder; subfolders are included.
+        image_size: height = width that the model works on, pixels.
+        image_channels: 1 (grey) or 3 (RGB).
+        **kwargs: see `ImageDataModule`.
+    """
+
+    def __init__(self, root: str, image_size: int, image_channels: int = 3, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self.root, self.image_size, self.image_channels = root, image_size, image_channels
+
+    def real_images(self) -> Dataset[Tensor]:
+        """All images of the folder."""
+        return FolderImages(self.root, self.image_size, self.image_channels)

@@ -1,0 +1,7 @@
+"""Pretrained diffusion networks behind one interface."""
+
+from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.denoisers.diffusers import DiffusersDenoiser
+from ddss_lightning.denoisers.mixture import MixtureDenoiser
+
+__all__ = ["Denoiser", "DiffusersDenoiser", "MixtureDenoiser"]

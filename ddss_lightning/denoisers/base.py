@@ -1,0 +1,38 @@
+"""What every pretrained denoiser offers to a sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ddss_lightning.frozen import Frozen
+from ddss_lightning.schedule import NoiseSchedule
+
+
+class Denoiser(Frozen, ABC):
+    """A frozen diffusion network (x_t, t) -> output, with the schedule it was trained with.
+
+    Attributes:
+        schedule: its noise schedule.
+        prediction_type: what the output is: `epsilon`, `sample` or `v_prediction`.
+        image_shape: (channels, height, width).
+        name: where it came from, for cards and messages.
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: str
+    image_shape: tuple[int, int, int]
+    name: str
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """The network's output.
+
+        Args:
+            x_t: shape (N, *image_shape).
+            timestep: real-valued, in [0, num_train_timesteps - 1], shape (N,).
+
+        Returns:
+            Shape of x_t.
+        """

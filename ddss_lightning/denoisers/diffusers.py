@@ -1,0 +1,89 @@
+"""Unconditional pixel models saved by the diffusers library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.schedule import NoiseSchedule
+
+
+class DiffusersDenoiser(Denoiser):
+    """A diffusers `UNet2DModel` (or a network with the same call) and its schedule, frozen.
+
+    Args:
+        unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
+        schedule: the noise schedule it was trained with.
+        prediction_type: `epsilon`, `sample` or `v_prediction`.
+        name: where it came from.
+
+    Raises:
+        ValueError: a network whose output has more channels than its input (a learned variance).
+    """
+
+    def __init__(
+        self, unet: nn.Module, schedule: NoiseSchedule, prediction_type: str = "epsilon", name: str = "unet"
+    ) -> None:
+        super().__init__()
+        config: Any = unet.config
+        if config.out_channels != config.in_channels:
+            raise ValueError(
+                f"The network maps {config.in_channels} channels to {config.out_channels}; models with a learned "
+                "variance or conditioning channels are not supported."
+            )
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.image_shape = (config.in_channels, height, width)
+        self.name = name
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_path: str, **kwargs: str) -> DiffusersDenoiser:
+        """Load the `unet` and `scheduler` of a diffusers pipeline folder, or of a model on the Hugging Face hub.
+
+        Args:
+            pretrained_path: a local folder with `model_index.json`, or a hub name `owner/model`.
+            **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
+
+        Raises:
+            ValueError: nothing there, a damaged folder, or a pipeline without an unconditional `unet`.
+        """
+        from diffusers import DDPMScheduler, UNet2DModel
+
+        folder = Path(pretrained_path)
+        looks_local = folder.exists() or pretrained_path.count("/") != 1 or pretrained_path.startswith((".", "~"))
+        for part in ("unet", "scheduler") if looks_local else ():
+            if not (folder / part).is_dir():
+                raise ValueError(
+                    f"No diffusion model in '{pretrained_path}': '{folder / part}' is missing. Give a folder written "
+                    "by a diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm'."
+                )
+        try:
+            unet = UNet2DModel.from_pretrained(pretrained_path, subfolder="unet", **kwargs)
+            scheduler = DDPMScheduler.from_pretrained(pretrained_path, subfolder="scheduler", **kwargs)
+        except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
+        schedule = NoiseSchedule.from_scheduler(scheduler)
+        return cls(unet, schedule, scheduler.config.prediction_type, name=pretrained_path)
+
+    def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """Output of the network at real-valued timesteps, shape (N, C, H, W).
+
+        Raises:
+            ValueError: the images have another shape than the model's.
+        """
+        if tuple(x_t.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"The model '{self.name}' works on images of shape {self.image_shape} (channels, height, width), "
+                f"got {tuple(x_t.shape[1:])}."
+            )
+        output: Tensor = self.unet(x_t.contiguous(memory_format=torch.channels_last), timestep, return_dict=False)[0]
+        return output

@@ -1,0 +1,6 @@
+"""Feature networks in which images are compared."""
+
+from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.features.convnet import ConvFeatures
+
+__all__ = ["ConvFeatures", "FeatureExtractor"]

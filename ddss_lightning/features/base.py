@@ -1,0 +1,49 @@
+"""What every feature network offers to the losses and metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ddss_lightning.frozen import Frozen
+
+
+class FeatureExtractor(Frozen, ABC):
+    """A frozen network phi from images to feature vectors, in which samples are compared with real images.
+
+    Attributes:
+        num_features: d, the length of a feature vector.
+        image_shape: (channels, height, width) of the images it takes.
+    """
+
+    num_features: int
+    image_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Features phi(x) of images x.
+
+        Args:
+            images: x, shape (N, *image_shape), values in [-1, 1].
+
+        Returns:
+            Shape (N, d).
+        """
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Unnormalised log-probabilities log p(y | x) of classes, for the Inception Score.
+
+        Args:
+            features: phi(x), shape (N, d), as returned by `forward`.
+
+        Returns:
+            Shape (N, number of classes).
+
+        Raises:
+            NotImplementedError: the network has no classification head.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no classification head, so it cannot serve the Inception Score; "
+            "use a feature network with `logits`."
+        )

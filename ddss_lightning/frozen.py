@@ -1,0 +1,43 @@
+"""Networks that are used, differentiated through with respect to their input, and never changed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+FrozenT = TypeVar("FrozenT", bound="Frozen")
+
+
+class Frozen(nn.Module):
+    """A module that, once frozen, has no trainable parameter and never leaves evaluation mode.
+
+    Gradients still flow to its *inputs*: nothing here is wrapped in `torch.no_grad`.
+    """
+
+    _is_frozen = False
+
+    def freeze(self: FrozenT) -> FrozenT:
+        """Turn off the gradients of all parameters and fix evaluation mode; returns `self`."""
+        self._is_frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self: FrozenT, mode: bool = True) -> FrozenT:
+        """As `nn.Module.train`, but a frozen module stays in evaluation mode."""
+        return super().train(mode and not self._is_frozen)
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the SHA-256 of all parameters and buffers, names and shapes included.
+
+        Two modules have the same fingerprint if and only if (up to hash collisions) they hold the same numbers
+        under the same names. It identifies the frozen network that a sampler or a checkpoint belongs to.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,5 @@
+"""Differentiable measures of sample quality."""
+
+from ddss_lightning.losses.kid import KIDLoss, kid
+
+__all__ = ["KIDLoss", "kid"]

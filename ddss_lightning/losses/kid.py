@@ -1,0 +1,110 @@
+"""Kernel Inception Distance as a loss."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kernel = Literal["cubic", "linear"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+
+def polynomial_kernel(x: Tensor, y: Tensor, kernel: Kernel = "cubic") -> Tensor:
+    r"""k(x, y) = (x . y / d + 1)^3 (`cubic`) or x . y / d (`linear`), all pairs: (N, d), (M, d) -> (N, M)."""
+    product = x @ y.T / x.shape[1]
+    return (product + 1) ** 3 if kernel == "cubic" else product
+
+
+def mean_off_diagonal(gram: Tensor) -> Tensor:
+    """Mean of k(x_i, x_j) over i != j for a Gram matrix of shape (N, N), N >= 2."""
+    num = len(gram)
+    return (gram.sum() - gram.diagonal().sum()) / (num * (num - 1))
+
+
+def kid(generated: Tensor, real: Tensor, kernel: Kernel = "cubic") -> Tensor:
+    r"""Unbiased estimate of the squared maximum mean discrepancy of two sets of features.
+
+    .. math::
+        \frac{1}{n(n-1)} \sum_{i \ne j} k(x_i, x_j) + \frac{1}{m(m-1)} \sum_{i \ne j} k(y_i, y_j)
+        - \frac{2}{nm} \sum_{ij} k(x_i, y_j)
+
+    It can be negative. Differentiable in both sets.
+
+    Args:
+        generated: x, shape (n, d), n >= 2.
+        real: y, shape (m, d), m >= 2.
+        kernel: `cubic` or `linear`.
+
+    Returns:
+        A scalar.
+
+    References:
+        Binkowski et al., "Demystifying MMD GANs", ICLR 2018, https://arxiv.org/abs/1801.01401, eq. 4.
+    """
+    within = mean_off_diagonal(polynomial_kernel(generated, generated, kernel))
+    across = polynomial_kernel(generated, real, kernel).mean()
+    return within + mean_off_diagonal(polynomial_kernel(real, real, kernel)) - 2 * across
+
+
+class KIDLoss(nn.Module):
+    """`kid` of features that were divided by the root mean square of the real ones.
+
+    Without that scale the cubic kernel's gradients are in the millions. The scale and the real-real term come from
+    the bank of real features that `fit_real` receives once; the bank itself is what generated images are compared
+    with (`real="bank"`: less gradient noise) unless a minibatch of real features is given at each step
+    (`real="batch"`).
+
+    Args:
+        kernel: `cubic` or `linear`.
+        real: `bank` or `batch`.
+
+    Raises:
+        ValueError: an unknown kernel or choice of real features.
+    """
+
+    bank: Tensor
+
+    def __init__(self, kernel: Kernel = "cubic", real: Literal["bank", "batch"] = "bank") -> None:
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"Unknown kernel '{kernel}'; choose one of {', '.join(KERNELS)}.")
+        if real not in ("bank", "batch"):
+            raise ValueError(f"real must be 'bank' or 'batch', got '{real}'.")
+        self.kernel: Kernel = kernel
+        self.real = real
+        self.scale = 1.0
+        self.real_term = 0.0
+        self.register_buffer("bank", torch.empty(0), persistent=False)
+
+    def fit_real(self, features: Tensor) -> None:
+        """Take the scale, the real-real term and (for `real="bank"`) the bank from features of shape (m, d).
+
+        Raises:
+            ValueError: fewer than two vectors, or numbers that are not finite.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"KID needs at least two real feature vectors, got shape {tuple(features.shape)}.")
+        if not features.isfinite().all():
+            raise ValueError("The real features hold numbers that are not finite; look for NaN in the real images.")
+        features = features.detach().double()
+        self.scale = float(features.square().mean().sqrt())
+        scaled = features / self.scale
+        self.real_term = float(mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel)))
+        self.bank = scaled.float() if self.real == "bank" else torch.empty(0)
+
+    def forward(self, generated: Tensor, real: Tensor | None = None) -> Tensor:
+        """KID of generated features, shape (n, d), against the bank, or against `real`, shape (m, d), if given.
+
+        Raises:
+            ValueError: no bank and no real features.
+        """
+        if real is not None:
+            return kid(generated / self.scale, real / self.scale, self.kernel)
+        if not len(self.bank):
+            raise ValueError("KIDLoss has no real features: call `fit_real` first, or give `real`.")
+        scaled = generated / self.scale
+        within = mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel))
+        across = polynomial_kernel(scaled, self.bank.to(scaled), self.kernel).mean()
+        return within + self.real_term - 2 * across

@@ -1,0 +1,277 @@
+"""DDSSModule: learn a sampler for a frozen denoiser by differentiating through the quality of its samples."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.images import to_pixels
+from ddss_lightning.losses.kid import KIDLoss
+from ddss_lightning.noise import draw_noise, generator_for, held_out_noise
+from ddss_lightning.unroll import REMATS, Remat
+
+FROZEN = ("denoiser.", "features.", "loss.")
+TIME_DEGREES = ("time", "logsnr")
+
+
+class DDSSModule(LightningModule):
+    r"""Minimise KID(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
+
+    One training step: draw noise from (seed, global step, rank), unroll the sampler with the frozen denoiser, clamp
+    and round straight through, take the features of the frozen network phi, compare with real ones, and
+    backpropagate through the whole chain. Under DDP the features of all processes are gathered with their gradient,
+    so that the loss is the KID of the global batch.
+
+    Validation, test and prediction generate images from held-out noise given by index; callbacks score them.
+
+    A checkpoint holds the sampler, never the frozen networks, and refuses to be loaded with another denoiser.
+
+    Args:
+        denoiser: the pretrained model.
+        sampler: what is learned; made with `denoiser.schedule`.
+        features: phi.
+        loss: `KIDLoss`.
+        batch_size: images generated per step and process, at least 2.
+        lr: learning rate of the corrections (`mu`, `nu`, `std`, `pred`).
+        time_lr: learning rate of `time` and `logsnr`.
+        betas: of Adam.
+        warmup_steps: steps of linear warm-up.
+        final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
+        ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
+        remat: `none` or `denoiser`, see `unroll`.
+        seed: of all training noise; held-out noise uses keys of its own.
+
+    Raises:
+        ValueError: parts that do not fit together, or an argument outside its range.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sampler: GGDMSampler,
+        features: FeatureExtractor,
+        loss: KIDLoss | None = None,
+        batch_size: int = 256,
+        lr: float = 3e-3,
+        time_lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        warmup_steps: int = 10,
+        final_lr_fraction: float = 0.03,
+        ema_decay: float = 0.9,
+        remat: Remat = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._check_parts(denoiser, sampler, features)
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 for an unbiased KID, got {batch_size}.")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
+        if remat not in REMATS:
+            raise ValueError(f"Unknown remat '{remat}'; choose one of {', '.join(REMATS)}.")
+        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss"])
+        self.denoiser = denoiser.freeze()
+        self.features = features.freeze()
+        self.sampler = sampler
+        self.averaged = copy.deepcopy(sampler).requires_grad_(False)
+        self.loss = KIDLoss() if loss is None else loss
+        self.batch_size, self.remat, self.seed = batch_size, remat, seed
+        self.lr, self.time_lr, self.betas = lr, time_lr, betas
+        self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
+        self.num_skipped = 0
+        self._real: Tensor | None = None
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_expect_no_frozen)
+
+    @staticmethod
+    def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
+        if denoiser.image_shape != features.image_shape:
+            raise ValueError(
+                f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
+                f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
+            )
+        if denoiser.schedule.fingerprint() != sampler.schedule.fingerprint():
+            raise ValueError(
+                f"The sampler was made for another noise schedule than that of '{denoiser.name}'; "
+                "make it with GGDMSampler(denoiser.schedule, ...)."
+            )
+        if denoiser.prediction_type != sampler.config["prediction_type"]:
+            raise ValueError(
+                f"The denoiser '{denoiser.name}' predicts '{denoiser.prediction_type}', the sampler was made for "
+                f"'{sampler.config['prediction_type']}'; give the sampler that prediction_type."
+            )
+
+    # ---------------------------------------------------------------------------------------------- real images
+
+    def real_features(self) -> Tensor:
+        """Features of all real images of the data module, shape (m, d), computed once.
+
+        Raises:
+            ValueError: no data module, images of another shape than the model's, NaN, or values outside [-1, 1].
+        """
+        if self._real is None:
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            if not hasattr(datamodule, "real_dataloader"):
+                raise ValueError(
+                    "DDSSModule compares with real images: give the Trainer a data module that has "
+                    "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
+                )
+            parts = []
+            with torch.no_grad():
+                for images in datamodule.real_dataloader():
+                    self._check_images(images)
+                    parts.append(self.features(images.to(self.device)))
+            self._real = torch.cat(parts)
+        return self._real
+
+    def _check_images(self, images: Tensor) -> None:
+        if tuple(images.shape[1:]) != self.denoiser.image_shape:
+            raise ValueError(
+                f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
+                f"{self.denoiser.image_shape} (channels, height, width); use data of that shape."
+            )
+        if not images.isfinite().all():
+            raise ValueError("The real images hold NaN or infinite values; clean the data set.")
+        if images.abs().max() > 1 + 1e-4:
+            raise ValueError(
+                f"The real images must be in [-1, 1], got values from {images.min():.3g} to {images.max():.3g}."
+            )
+
+    # ------------------------------------------------------------------------------------------------- learning
+
+    def on_train_start(self) -> None:
+        """Give the loss its real features."""
+        self.loss.fit_real(self.real_features())
+
+    def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
+        """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
+        sampler = self.sampler if sampler is None else sampler
+        x_T, noise = x_T.to(self.device), noise.to(self.device)
+        return to_pixels(sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """KID of one batch of fresh samples."""
+        generator = generator_for("train", self.seed, self.global_step, self.global_rank)
+        shape = (self.batch_size, *self.denoiser.image_shape)
+        features = self.features(self.generate(*draw_noise(shape, self.sampler.num_steps, generator)))
+        real = None
+        if self.loss.real == "batch":
+            with torch.no_grad():
+                real = self.features(batch)
+        if self.trainer.world_size > 1:
+            # Every rank computes the loss of the global batch: DDP's mean is then the one-process gradient.
+            features = torch.cat(list(self.all_gather(features, sync_grads=True)))
+            real = None if real is None else torch.cat(list(self.all_gather(real)))
+        loss: Tensor = self.loss(features, real)
+        self.log("train/kid", loss, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
+        """Drop a gradient that is not finite: the step changes nothing, is counted and reported."""
+        gradients = [p.grad for p in self.sampler.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros(())
+        self.log("train/grad_norm", norm)
+        if not norm.isfinite():
+            self.num_skipped += 1
+            warnings.warn(
+                f"Step {self.global_step}: the gradient is not finite; skipped ({self.num_skipped} so far).",
+                stacklevel=2,
+            )
+            for parameter in self.sampler.parameters():
+                parameter.grad = None
+        self.log("train/skipped_steps", float(self.num_skipped))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """Update the running average, with a shorter memory in the first steps."""
+        decay = min(self.ema_decay, self.global_step / (9 + self.global_step)) if self.ema_decay else 0.0
+        with torch.no_grad():
+            for mean, value in zip(self.averaged.parameters(), self.sampler.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of a dozen types
+        """Adam with one group for times and one for corrections; linear warm-up, cosine decay."""
+        named = list(self.sampler.corrections.items())
+        groups = [
+            {"params": [p for name, p in named if (name in TIME_DEGREES) == times], "lr": lr, "name": label}
+            for times, lr, label in ((True, self.time_lr, "times"), (False, self.lr, "corrections"))
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
+        optimizer = Adam(groups, betas=self.betas)
+        total = float(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+            decay = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
+            return min(1.0, (step + 1) / (self.warmup_steps + 1)) * decay
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --------------------------------------------------------------------------------------------- held-out noise
+
+    def _from_indices(self, split: str, indices: Tensor) -> Tensor:
+        x_T, noise = held_out_noise(split, indices.tolist(), self.denoiser.image_shape, self.sampler.num_steps)
+        return self.generate(x_T, noise, self.averaged)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""
+        return self._from_indices("validation", batch)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images from the test noise."""
+        return self._from_indices("test", batch)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images from the prediction noise."""
+        return self._from_indices("predict", batch)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which denoiser the sampler belongs to, and what sampler it is."""
+        checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
+        checkpoint["sampler_config"] = self.sampler.config
+        checkpoint["num_skipped"] = self.num_skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another denoiser or of another sampler.
+
+        Raises:
+            ValueError: the fingerprints or the sampler's configurations differ.
+        """
+        saved = checkpoint.get("denoiser", {})
+        if saved.get("fingerprint") != self.denoiser.fingerprint():
+            raise ValueError(
+                f"The checkpoint belongs to the denoiser '{saved.get('name')}' (fingerprint "
+                f"{saved.get('fingerprint')}), not to '{self.denoiser.name}' ({self.denoiser.fingerprint()}); "
+                "load it with the model it was learned for."
+            )
+        if checkpoint["sampler_config"] != self.sampler.config:
+            raise ValueError(
+                f"The checkpoint holds the sampler {checkpoint['sampler_config']}, not {self.sampler.config}; "
+                "resume with the recipe it was started with."
+            )
+        self.num_skipped = checkpoint["num_skipped"]
+
+
+def _drop_frozen(module: DDSSModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:  # noqa: ANN401, ARG001
+    for key in [key for key in state_dict if key.startswith(tuple(prefix + name for name in FROZEN))]:
+        del state_dict[key]
+
+
+def _expect_no_frozen(module: DDSSModule, incompatible_keys: Any) -> None:  # noqa: ANN401, ARG001
+    incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.startswith(FROZEN)]

@@ -1,0 +1,89 @@
+"""Pictures of samples and samplers: image grids, heat maps, curves. matplotlib is imported where it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.images import to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def image_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Tensor:
+    """One picture of many: shape (N, C, H, W) in [-1, 1] -> uint8 (C, rows * H + ..., columns * W + ...).
+
+    Args:
+        images: N at least 1; the last row is filled with white.
+        columns: images per row.
+        scale: whole-number enlargement of each pixel.
+        gap: white pixels between images.
+    """
+    pixels = to_uint8(images).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    pixels = torch.nn.functional.pad(pixels, (0, gap, 0, gap), value=255)
+    missing = -len(pixels) % columns
+    pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])
+    return rearrange(pixels, "(row column) c h w -> c (row h) (column w)", column=columns)
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Write a uint8 picture of shape (C, H, W), C = 1 or 3, as PNG."""
+    from PIL import Image
+
+    array = image.permute(1, 2, 0).numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+
+
+def mu_figure(coefficients: Coefficients) -> Figure:
+    """Heat map of mu and nu: row k says from what state k + 1 is made."""
+    from matplotlib.figure import Figure
+
+    mu, nu = coefficients.mu.detach().cpu(), coefficients.nu.detach().cpu()
+    num_steps = len(nu)
+    table = torch.cat([mu.masked_fill(torch.ones_like(mu).triu(1).bool(), torch.nan), nu[:, None]], 1).numpy()
+    figure = Figure(figsize=(1.2 + 0.45 * (num_steps + 1), 1.2 + 0.4 * num_steps), layout="constrained")
+    axes = figure.subplots()
+    limit = float(np.nanmax(np.abs(table)))
+    picture = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    if num_steps <= 10:
+        for (row, column), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                colour = "white" if abs(value) > 0.6 * limit else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    axes.set_xticks(range(num_steps + 1), [f"$x_{{{j}}}$" for j in range(num_steps)] + [r"$\hat x_0$"], fontsize=8)
+    axes.set_yticks(range(num_steps), [f"$x_{{{k + 1}}}$" for k in range(num_steps)], fontsize=8)
+    axes.set_title("weights of the states ($\\mu$) and of $\\hat x_0$ ($\\nu$)", fontsize=9)
+    figure.colorbar(picture)
+    return figure
+
+
+def times_figure(steps: Sequence[int], logsnrs: Sequence[Sequence[float]], times: Sequence[Sequence[float]]) -> Figure:
+    """Learned half log-SNRs and network timesteps over training.
+
+    Args:
+        steps: global steps, length n.
+        logsnrs: n rows of K half log-SNRs.
+        times: n rows of K timesteps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, values, title in zip(
+        figure.subplots(1, 2),
+        (logsnrs, times),
+        ("half log-SNR of the states", "timestep shown to the network"),
+        strict=True,
+    ):
+        axes.plot(steps, np.array(values), marker=".")
+        axes.set_xlabel("training step")
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+    return figure
