@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ddss_lightning.losses import KIDLoss
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
-    from ddss_lightning.unroll import unroll
 
 __version__ = "0.1.0.dev0"
 
@@ -30,7 +29,6 @@ _ROOMS = {
     "losses": ("KIDLoss",),
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
-    "unroll": ("unroll",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -51,7 +49,6 @@ __all__ = [
     "NoiseSchedule",
     "SampleQuality",
     "SamplerPictures",
-    "unroll",
 ]
 
 

@@ -49,7 +49,7 @@ class DDSSModule(LightningModule):
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
         ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
         remat: `none` or `denoiser`, see `unroll`.
-        seed: of all training noise; held-out noise uses keys of its own.
+        seed: of all noise; training, validation, test and prediction noise are kept apart.
 
     Raises:
         ValueError: parts that do not fit together, or an argument outside its range.
@@ -92,8 +92,8 @@ class DDSSModule(LightningModule):
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
         self.num_skipped = 0
         self._real: Tensor | None = None
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_post_hook(_expect_no_frozen)
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
@@ -224,7 +224,8 @@ class DDSSModule(LightningModule):
     # --------------------------------------------------------------------------------------------- held-out noise
 
     def _from_indices(self, split: str, indices: Tensor) -> Tensor:
-        x_T, noise = held_out_noise(split, indices.tolist(), self.denoiser.image_shape, self.sampler.num_steps)
+        key = f"{split}/{self.seed}"
+        x_T, noise = held_out_noise(key, indices.tolist(), self.denoiser.image_shape, self.sampler.num_steps)
         return self.generate(x_T, noise, self.averaged)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature

@@ -44,9 +44,10 @@ class FolderImages(Dataset[Tensor]):
         from PIL import Image, ImageOps
 
         with Image.open(self.files[index]) as image:
-            size = (self.image_size, self.image_size)
-            square = ImageOps.fit(image.convert(self.mode), size, Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(square)).float() / 127.5 - 1
+            side = min(image.size)
+            square = ImageOps.fit(image.convert(self.mode), (side, side), Image.Resampling.NEAREST)
+            resized = square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(resized)).float() / 127.5 - 1
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 

@@ -1,0 +1,242 @@
+"""Learn the sampler of a recipe and compare it with hand-made solvers at the same number of network calls.
+
+    python recipes/demo.py --recipe recipes/digits_5.yaml --output demo
+
+DDPM and DDIM and DPM-Solver++ 2M are each measured at three strides (linear, quadratic, uniform in log-SNR), and the
+best is taken; all samplers start from the same noise, which learning and selection never saw. It writes into the
+output folder: `sampler/` (the learned sampler), `table.md`, `table.json`, `samples.png`, and `logs/` (TensorBoard).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from ddss_lightning.callbacks.quality import quality_metrics, update_quality
+from ddss_lightning.cli import DDSSCommandLine
+from ddss_lightning.data import ImageDataModule
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.images import to_pixels
+from ddss_lightning.module import DDSSModule
+from ddss_lightning.noise import held_out_noise
+from ddss_lightning.pictures import image_grid
+from ddss_lightning.solvers import STRIDES
+
+SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
+BATCH_SIZE = 500
+
+
+def command_line(arguments: list[str]) -> DDSSCommandLine:
+    """`ddss` from Python; returns the objects of the recipe."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return DDSSCommandLine(
+        DDSSModule, ImageDataModule, subclass_mode_data=True, seed_everything_default=0, args=arguments
+    )
+
+
+def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataModule, float]:
+    """`ddss fit` with the recipe; the best sampler goes to `output/sampler`."""
+    started = time.time()
+    flags = [
+        "--model.seed",
+        seed,
+        "--quality.dirpath",
+        output / "sampler",
+        "--trainer.logger.save_dir",
+        output / "logs",
+    ]
+    cli = command_line(["fit", "-c", recipe, *map(str, flags)])
+    return cli.model, cli.datamodule, time.time() - started
+
+
+def recipe_parts(recipe: str, seed: int) -> tuple[DDSSModule, ImageDataModule]:
+    """The objects of a recipe, without learning."""
+    flags = ["--model.seed", str(seed), "--trainer.logger", "false"]
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    cli = DDSSCommandLine(DDSSModule, ImageDataModule, subclass_mode_data=True, args=["-c", recipe, *flags], run=False)
+    return cli.model, cli.datamodule
+
+
+@torch.no_grad()
+def real_features(module: DDSSModule, datamodule: ImageDataModule) -> Tensor:
+    """Features of all real images."""
+    return torch.cat([module.features(images.to(module.device)) for images in datamodule.real_dataloader()])
+
+
+@torch.no_grad()
+def score(
+    module: DDSSModule, sampler: GGDMSampler, real: Tensor, num_images: int, seed: int
+) -> tuple[dict[str, float], Tensor]:
+    """FID, KID, IS of `num_images` samples from the test noise of `seed`, and the first 64 images."""
+    metrics = quality_metrics(module.features, real)
+    first: list[Tensor] = []
+    for indices in torch.arange(num_images).split(BATCH_SIZE):
+        x_T, noise = held_out_noise(f"test/{seed}", indices.tolist(), module.denoiser.image_shape, sampler.num_steps)
+        images = to_pixels(sampler(module.denoiser, x_T, noise=noise))
+        update_quality(metrics, module.features, images)
+        first = first or [images[:64]]
+    return {name: float(value) for name, value in metrics.compute().items()}, first[0]
+
+
+def compare(module: DDSSModule, datamodule: ImageDataModule, num_images: int, seed: int) -> dict[str, Any]:
+    """Scores and first images of every solver at every stride, and of the learned sampler."""
+    real = real_features(module, datamodule)
+    schedule, num_steps = module.denoiser.schedule, module.sampler.num_steps
+    samplers = {
+        (name, stride): GGDMSampler(
+            schedule,
+            num_steps,
+            anchor=anchor,
+            eta=eta,
+            stride=stride,
+            learn=(),
+            prediction_type=module.sampler.config["prediction_type"],
+        )
+        for name, (anchor, eta) in SOLVERS.items()
+        for stride in STRIDES
+    }
+    samplers["learned", ""] = module.sampler
+    results = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("comparing", total=len(samplers))
+        for (name, stride), sampler in samplers.items():
+            progress.update(bar, description=f"{name} {stride}, {num_images} images")
+            results[name, stride] = score(module, sampler, real, num_images, seed)
+            progress.advance(bar)
+    return results
+
+
+def best_rows(results: dict[Any, Any]) -> list[dict[str, Any]]:
+    """One row a sampler, at its stride of lowest FID."""
+    rows = []
+    for name in [*SOLVERS, "learned"]:
+        mine = {stride: value for (who, stride), value in results.items() if who == name}
+        stride = min(mine, key=lambda key: mine[key][0]["fid"])
+        strides = {key: value[0]["fid"] for key, value in mine.items() if key}
+        rows.append({"sampler": name, "stride": stride, **mine[stride][0], "fid_of_strides": strides})
+    return rows
+
+
+def reference_of(model_name: str) -> str:
+    """What the model's card says of 1000-step DDPM sampling."""
+    card = Path(model_name) / "README.md"
+    found = re.search(
+        r"FID, DDPM sampling with 1000 network calls \| ([^|]+)\|", card.read_text() if card.exists() else ""
+    )
+    return found.group(1).strip() if found else "not measured"
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The learned sampler's FID as a fraction of the baselines'."""
+    fid = {row["sampler"]: row["fid"] for row in rows}
+    return {
+        "of the best DDPM/DDIM": fid["learned"] / min(fid["DDPM"], fid["DDIM"]),
+        "of the best DPM-Solver++ 2M": fid["learned"] / fid["DPM-Solver++ 2M"],
+    }
+
+
+def write_table(rows: list[dict[str, Any]], report: dict[str, Any], output: Path, console: Console) -> None:
+    """Print the table, write it as Markdown and JSON."""
+    title = f"{report['nfe']} network calls, {report['num_images']} images"
+    table = Table("sampler", "stride", title=title)
+    for head in ("FID", "KID", "IS"):
+        table.add_column(head, justify="right")
+    lines = ["| sampler | stride | FID | KID | IS |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["sampler"], row["stride"] or "learned"]
+        cells += [f"{row['fid']:.2f}", f"{row['kid']:.2f}", f"{row['is']:.2f}" if "is" in row else ""]
+        table.add_row(*cells, style="bold" if row["sampler"] == "learned" else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    reference = f"DDPM with 1000 network calls: FID {report['ddpm_1000']}"
+    summary = ", ".join(f"{value:.3f} {name}" for name, value in report["fid_ratio"].items())
+    console.print(table)
+    console.print(reference, f"Learned FID: {summary}.", sep="\n")
+    text = [f"{title}, noise of seed {report['seed']} that learning never saw.", "", *lines, "", reference + ".", ""]
+    text += [f"Learned FID: {summary}.", ""]
+    (output / "table.md").write_text("\n".join(text))
+    (output / "table.json").write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
+
+
+def draw(rows: list[dict[str, Any]], results: dict[Any, Any], report: dict[str, Any], path: Path) -> None:
+    """Grids side by side, all from the same noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(rows), 3.5), layout="constrained")
+    for axes, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
+        grid = image_grid(results[row["sampler"], row["stride"]][1], columns=8, scale=4)
+        axes.imshow(grid.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axes.set_title(f"{row['sampler']}\nFID {row['fid']:.1f}", fontsize=11)
+        axes.set_axis_off()
+    figure.suptitle(f"{report['nfe']} network calls, same noise", fontsize=12)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/digits_5.yaml")
+    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--sampler", help="compare this saved sampler instead of learning one")
+    parser.add_argument("--num_images", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0, help="of learning and of the test noise")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    args = parser.parse_args()
+    if args.output.exists() and any(args.output.iterdir()):
+        if not args.overwrite:
+            parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
+        shutil.rmtree(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+
+    minutes = None
+    if args.sampler:
+        module, datamodule = recipe_parts(args.recipe, args.seed)
+        module.sampler = GGDMSampler.from_pretrained(args.sampler)
+    else:
+        module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
+        minutes = seconds / 60
+    started = time.time()
+    results = compare(module, datamodule, args.num_images, args.seed)
+    rows = best_rows(results)
+    report = {
+        "recipe": args.recipe,
+        "nfe": module.sampler.num_steps,
+        "num_images": args.num_images,
+        "seed": args.seed,
+        "fid_ratio": ratios(rows),
+        "ddpm_1000": reference_of(module.denoiser.name),
+        "minutes_of_learning": minutes,
+        "minutes_of_comparing": (time.time() - started) / 60,
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU, torch {torch.__version__}",
+    }
+    write_table(rows, report, args.output, console)
+    draw(rows, results, report, args.output / "samples.png")
+    if minutes is not None:
+        console.print(f"learned in {minutes:.1f} min, compared in {report['minutes_of_comparing']:.1f} min")
+    where = {
+        "sampler": args.sampler or args.output / "sampler",
+        "table": f"{args.output / 'table.md'} and {args.output / 'table.json'}",
+        "picture": args.output / "samples.png",
+    }
+    if not args.sampler:
+        where["TensorBoard"] = f"tensorboard --logdir {args.output / 'logs'}"
+    for name, place in where.items():
+        console.print(f"{name + ':':12s} {place}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddss_lightning.data import DigitsDataModule, ImageFolderDataModule
+from ddss_lightning.data.base import EpochSampler, Indices, ShardSampler
+
+
+def test_digits_are_the_1797_images_in_range():
+    data = DigitsDataModule(eval_batch_size=500)
+    images = torch.cat(list(data.real_dataloader()))
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.min() == -1
+    assert images.max() == 1
+    assert len(data.train_dataloader()) == data.steps_per_epoch
+
+
+def test_epochs_are_whole_permutations_and_repeatable():
+    sampler = EpochSampler(num_images=10, num_samples=25, seed=0)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shards_hold_every_index_once(world_size):
+    shards = [list(ShardSampler(Indices(4), world_size, rank, shuffle=False)) for rank in range(world_size)]
+    assert sorted(index for shard in shards for index in shard) == [0, 1, 2, 3]
+    assert [len(ShardSampler(Indices(4), world_size, r, shuffle=False)) for r in range(world_size)] == [
+        len(s) for s in shards
+    ]
+
+
+def test_folder_of_images(tmp_path):
+    (tmp_path / "sub").mkdir()
+    pixels = np.zeros((6, 10, 3), np.uint8)
+    pixels[:, 2:8] = (255, 0, 128)
+    Image.fromarray(pixels).save(tmp_path / "sub" / "a.png")
+    (tmp_path / "note.txt").write_text("no image")
+    data = ImageFolderDataModule(str(tmp_path), image_size=4)
+    (images,) = list(data.real_dataloader())
+    expected = torch.tensor([1.0, -1.0, 128 / 127.5 - 1]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(images, expected)
+    grey = ImageFolderDataModule(str(tmp_path), image_size=4, image_channels=1)
+    assert next(iter(grey.real_dataloader())).shape == (1, 1, 4, 4)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ValueError, match="holds no image file"):
+        ImageFolderDataModule(str(tmp_path), image_size=4).setup()
+    with pytest.raises(ValueError, match="There is no image folder"):
+        ImageFolderDataModule(str(tmp_path / "none"), image_size=4).setup()
+    with pytest.raises(ValueError, match="steps_per_epoch must be at least 1, got 0"):
+        DigitsDataModule(steps_per_epoch=0)

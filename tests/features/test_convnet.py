@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from ddss_lightning.data.digits import load_digits_tensors
+from ddss_lightning.features import ConvFeatures, FeatureExtractor
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    network = ConvFeatures(image_channels=3, image_size=4, width=4, num_features=6, num_classes=3)
+    network.save_pretrained(tmp_path)
+    again = ConvFeatures.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(again(images), network(images))
+    assert again.logits(again(images)).shape == (2, 3)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_the_shipped_network_knows_its_digits(features):
+    images, labels = load_digits_tensors()
+    accuracy = (features.logits(features(images)).argmax(1) == labels).float().mean()
+    assert accuracy > 0.99
+
+
+def test_bad_input(tmp_path, features):
+    with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\) .* got \(1, 9, 9\)"):
+        features(torch.zeros(1, 1, 9, 9))
+    with pytest.raises(ValueError, match=r"'config.json' is missing"):
+        ConvFeatures.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        ConvFeatures.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="even number"):
+        ConvFeatures(image_size=7)
+
+
+def test_a_network_without_classes_says_so():
+    class Plain(FeatureExtractor):
+        def forward(self, images):
+            return images.flatten(1)
+
+    with pytest.raises(NotImplementedError, match="Plain has no classification head"):
+        Plain().logits(torch.zeros(1, 2))

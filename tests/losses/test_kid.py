@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from ddss_lightning.losses import KIDLoss, kid
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kernel", ["cubic", "linear"])
+def test_gradient_is_right(kernel):
+    x, y = draw(5, 3).requires_grad_(), draw(7, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: kid(a, b, kernel), (x, y))
+
+
+def test_cubic_kid_is_torchmetrics():
+    x, y = draw(50, 16), draw(50, 16, seed=1) + 0.3
+    torch.testing.assert_close(kid(x, y), poly_mmd(x, y, degree=3, gamma=None, coef=1.0), rtol=1e-12, atol=0)
+
+
+def test_linear_kid_is_unbiased_for_the_squared_distance_of_means():
+    """E KID_linear = |m_x - m_y|^2 / d in closed form, for any sample size."""
+    d, shift = 4, 0.5
+    values = torch.stack(
+        [kid(draw(6, d, seed=2 * i), draw(5, d, seed=2 * i + 1) + shift, "linear") for i in range(4000)]
+    )
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean() - shift**2) < 4 * error
+
+
+def test_loss_scales_features_to_mean_square_one():
+    real, x = 20 * draw(40, 8), 20 * draw(10, 8, seed=1)
+    loss = KIDLoss()
+    loss.fit_real(real)
+    scale = real.square().mean().sqrt()
+    torch.testing.assert_close(loss(x), kid(x / scale, real / scale), rtol=1e-5, atol=0)
+
+
+def test_bank_and_whole_set_as_minibatch_agree():
+    real, x = draw(40, 8), draw(10, 8, seed=1).requires_grad_()
+    bank, batch = KIDLoss(), KIDLoss(real="batch")
+    for loss in (bank, batch):
+        loss.fit_real(real)
+    torch.testing.assert_close(bank(x), batch(x, real), rtol=1e-5, atol=1e-7)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (bank(x), batch(x, real))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="Unknown kernel 'rbf'; choose one of cubic, linear"):
+        KIDLoss("rbf")
+    with pytest.raises(ValueError, match="real must be 'bank' or 'batch', got 'all'"):
+        KIDLoss(real="all")
+    with pytest.raises(ValueError, match="call `fit_real` first"):
+        KIDLoss()(draw(3, 2))
+    with pytest.raises(ValueError, match="at least two real feature vectors"):
+        KIDLoss().fit_real(draw(1, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        KIDLoss().fit_real(draw(3, 2) * torch.nan)

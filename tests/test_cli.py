@@ -1,0 +1,159 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ddss_lightning.cli import main
+from tests.conftest import DDPM, ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+QUICK = ["--trainer.max_steps=2", "--data.steps_per_epoch=2", "--data.num_val_images=24", "--data.num_test_images=20"]
+QUICK += ["--model.batch_size=8", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+RECIPE = str(ROOT / "recipes" / "digits_5.yaml")
+
+pytestmark = pytest.mark.usefixtures("at_root")
+
+
+def quick(command, tmp_path, *flags):
+    return [command, "-c", RECIPE, *QUICK, f"--trainer.logger.save_dir={tmp_path}", *flags]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_runs(recipe, tmp_path):
+    flags = ["--trainer.fast_dev_run=true", "--model.batch_size=4", "--data.eval_batch_size=8"]
+    main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
+
+
+def test_fit_resume_validate_test_predict(tmp_path, capsys):
+    main(quick("fit", tmp_path))
+    version = tmp_path / "digits_5" / "version_0"
+    (checkpoint,) = (version / "checkpoints").glob("*.ckpt")
+    assert checkpoint.stat().st_size < 100_000
+    assert (version / "sampler" / "sampler.json").is_file()
+    assert (version / "config.yaml").is_file()
+    assert "saved in" in capsys.readouterr().err
+
+    # Flags win over what the checkpoint remembers, and resuming goes on where it stopped.
+    main(quick("fit", tmp_path, "--trainer.max_steps=4", "--model.lr=0.5", f"--ckpt_path={checkpoint}"))
+    config = yaml.safe_load((tmp_path / "digits_5" / "version_1" / "config.yaml").read_text())
+    assert config["model"]["lr"] == 0.5
+    (resumed,) = (tmp_path / "digits_5" / "version_1" / "checkpoints").glob("*.ckpt")
+    assert torch.load(resumed, weights_only=True)["global_step"] == 4
+
+    main(quick("validate", tmp_path, f"--ckpt_path={checkpoint}"))
+    saved = ["--sampler=ddss_lightning.GGDMSampler.from_pretrained", f"--sampler.pretrained_path={version / 'sampler'}"]
+    main(quick("test", tmp_path, *saved))
+    main(quick("predict", tmp_path, *saved, "--data.num_predict_images=5", f"--images.output_dir={tmp_path / 'out'}"))
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert files == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
+    with Image.open(tmp_path / "out" / "00000.png") as image:
+        assert (image.size, image.mode) == ((8, 8), "L")
+
+
+def test_print_config_round_trips(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", RECIPE, "--model.lr=0.25", "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["model"]["lr"] == 0.25
+    assert config["sampler"]["init_args"]["num_steps"] == 5
+    (tmp_path / "again.yaml").write_text(printed)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(tmp_path / "again.yaml"), "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out) == config
+
+
+def error_of(capsys, arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code not in (0, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--denoiser.pretrained_path=no/such/model"], "No diffusion model in 'no/such/model'"),
+        (["--features.pretrained_path=no/such/network"], "No feature network in 'no/such/network'"),
+        (["--sampler.num_steps=0"], "num_steps must be between 1 and the 1000 steps of the noise schedule, got 0"),
+        (["--sampler.num_steps=1001"], "got 1001"),
+        (["--sampler.anchor=heun"], "heun"),
+        (["--sampler.learn=[mu,sigma]"], "sigma"),
+        (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
+        (["--loss.kernel=rbf"], "rbf"),
+        (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
+        (["--model.batch_size=1"], "batch_size must be at least 2"),
+        (
+            ["--data=ddss_lightning.ImageFolderDataModule", "--data.root=no/such/images", "--data.image_size=8"],
+            "no/such",
+        ),
+        (["--no_such_flag=1"], "no_such_flag"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, quick("fit", tmp_path, *flags))
+
+
+def test_a_damaged_model_is_one_clear_line(tmp_path, capsys):
+    shutil.copytree(DDPM, tmp_path / "m")
+    (tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    assert "could not be loaded" in error_of(
+        capsys, quick("fit", tmp_path, f"--denoiser.pretrained_path={tmp_path / 'm'}")
+    )
+
+
+def test_wrong_size_and_empty_folder(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    folder = ["--data=ddss_lightning.ImageFolderDataModule", f"--data.root={tmp_path / 'images'}"]
+    assert "holds no image file" in error_of(capsys, quick("fit", tmp_path, *folder, "--data.image_size=8"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    assert "real images have shape (3, 8, 8)" in error_of(
+        capsys, quick("fit", tmp_path, *folder, "--data.image_size=8")
+    )
+
+
+def test_resume_against_another_model(tmp_path, capsys):
+    main(quick("fit", tmp_path))
+    (checkpoint,) = (tmp_path / "digits_5" / "version_0" / "checkpoints").glob("*.ckpt")
+    from diffusers import UNet2DModel
+
+    shutil.copytree(DDPM, tmp_path / "m")
+    unet = UNet2DModel.from_pretrained(DDPM, subfolder="unet")
+    with torch.no_grad():
+        next(unet.parameters()).add_(1e-3)
+    unet.save_pretrained(tmp_path / "m" / "unet")
+    other = [f"--denoiser.pretrained_path={tmp_path / 'm'}", f"--ckpt_path={checkpoint}"]
+    assert "The checkpoint belongs to the denoiser" in error_of(capsys, quick("fit", tmp_path, *other))
+
+
+def test_output_folders_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    out = f"--images.output_dir={tmp_path / 'out'}"
+    assert "is not empty" in error_of(capsys, quick("predict", tmp_path, out))
+    main(quick("fit", tmp_path, f"--quality.dirpath={tmp_path / 's'}"))
+    before = (tmp_path / "s" / "sampler.json").read_bytes()
+    assert "already holds a sampler" in error_of(capsys, quick("fit", tmp_path, f"--quality.dirpath={tmp_path / 's'}"))
+    assert (tmp_path / "s" / "sampler.json").read_bytes() == before
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_console_script_exits_with_the_right_status():
+    ddss = Path(sys.executable).parent / "ddss"
+    good = subprocess.run([ddss, "fit", "-c", RECIPE, "--print_config"], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run([ddss, "fit", "-c", "none.yaml"], capture_output=True, text=True, check=False)
+    assert bad.returncode != 0
+    assert "none.yaml" in bad.stderr
+    assert "Traceback" not in bad.stderr

@@ -1,0 +1,32 @@
+import torch
+from torch import nn
+
+from ddss_lightning.frozen import Frozen
+
+
+class Small(Frozen):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(2, 2)
+        self.drop = nn.Dropout(0.5)
+
+
+def test_a_frozen_module_never_leaves_evaluation_mode():
+    network = Small()
+    assert network.train().training
+    network.freeze().train()
+    outer = nn.Sequential(network).train()
+    assert outer.training
+    assert not network.training
+    assert not network.drop.training
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_fingerprint_is_of_the_numbers():
+    assert Small(0).fingerprint() == Small(0).fingerprint()
+    assert Small(0).fingerprint() != Small(1).fingerprint()
+    changed = Small(0)
+    with torch.no_grad():
+        changed.layer.bias[0] += 1e-7
+    assert changed.fingerprint() != Small(0).fingerprint()

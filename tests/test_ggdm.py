@@ -1,0 +1,162 @@
+import json
+
+import pytest
+import torch
+
+from ddss_lightning.ggdm import DEGREES, GGDMSampler, prediction_pair, read_card
+
+
+def move(sampler, scale=0.1):
+    generator = torch.Generator().manual_seed(0)
+    for value in sampler.corrections.values():
+        value.data = scale * torch.randn(value.shape, dtype=torch.float64, generator=generator)
+    return sampler
+
+
+def test_degrees_of_freedom_are_the_papers_counts(schedule):
+    sampler = GGDMSampler(schedule, 7, learn=DEGREES)
+    sizes = {name: value.numel() for name, value in sampler.corrections.items()}
+    assert sizes == {"mu": 28, "nu": 7, "std": 6, "pred": 14, "time": 7, "logsnr": 6}
+    assert dict(GGDMSampler(schedule, 7, learn=("std", "mu")).named_parameters()).keys() == {
+        "corrections.mu",
+        "corrections.std",
+    }
+
+
+@pytest.mark.parametrize("anchor", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_both_parametrisations_start_at_the_anchor(schedule, anchor, eta):
+    plain = GGDMSampler(schedule, 5, anchor=anchor, eta=eta, learn=()).coefficients()
+    free = [name for name in DEGREES if name != "logsnr"]
+    others = [
+        GGDMSampler(schedule, 5, anchor=anchor, eta=eta, learn=DEGREES),
+        GGDMSampler(schedule, 5, anchor=anchor, eta=eta, learn=free, parametrization="ggdm"),
+    ]
+    for other in others:
+        for name, value in vars(other.coefficients()).items():
+            torch.testing.assert_close(value, getattr(plain, name), rtol=0, atol=0)
+
+
+def test_free_ggdm_takes_the_pair_from_theorem_1(schedule):
+    """With mu, nu, std moved, x0_hat = (x - v^(1/2) eps) / a at every state."""
+    sampler = move(GGDMSampler(schedule, 5, anchor="ddim", learn=("mu", "nu", "std"), parametrization="ggdm"))
+    c = sampler.coefficients()
+    a, std = c.marginals()
+    torch.testing.assert_close(c.pred, torch.stack([1 / a[:-1], -std[:-1] / a[:-1]], 1))
+    assert (c.std[:-1] > 0).all()
+
+
+def test_pred_adds_no_expressiveness_to_mu_and_nu(mixture):
+    """Moving the pair is moving mu_kk and nu_k: the two samplers make the same images."""
+    learned = move(GGDMSampler(mixture.schedule, 4, learn=("pred",)))
+    c, start = learned.coefficients(), GGDMSampler(mixture.schedule, 4, learn=()).coefficients()
+    other = GGDMSampler(mixture.schedule, 4, learn=("mu", "nu"))
+    nu = c.nu * c.pred[:, 1] / start.pred[:, 1]
+    diagonal = c.nu * c.pred[:, 0] - nu * start.pred[:, 0]
+    rows, columns = torch.tril_indices(4, 4)
+    other.corrections["nu"].data = (nu - start.nu).detach()
+    other.corrections["mu"].data[rows == columns] = diagonal.detach()
+    x_T = torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(other(mixture, x_T), learned(mixture, x_T), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_prediction_pairs_recover_the_image(kind):
+    x_0, eps, alpha, sigma = (torch.tensor([v], dtype=torch.float64) for v in (0.3, -1.1, 0.6, 0.8))
+    output = {"epsilon": eps, "sample": x_0, "v_prediction": alpha * eps - sigma * x_0}[kind]
+    pair = prediction_pair(kind, alpha, sigma)[0]
+    torch.testing.assert_close(pair[0] * (alpha * x_0 + sigma * eps) + pair[1] * output, x_0)
+
+
+def test_times_stay_monotone_whatever_is_learned(schedule):
+    sampler = move(GGDMSampler(schedule, 12, learn=DEGREES), scale=5.0)
+    assert (sampler.logsnrs().diff() > 0).all()
+    times = sampler.timesteps()
+    assert (times.diff() <= 0).all()
+    assert times.min() >= 0
+    assert times.max() <= 999
+
+
+@pytest.mark.parametrize("parametrization", ["anchored", "ggdm"])
+def test_save_and_load_are_exact(tmp_path, mixture, parametrization):
+    learn = [name for name in DEGREES if parametrization == "anchored" or name != "logsnr"]
+    sampler = move(GGDMSampler(mixture.schedule, 5, anchor="ddim", learn=learn, parametrization=parametrization))
+    sampler.save_pretrained(tmp_path / "s", {"name": "oracle", "fingerprint": "12"}, {"fid": 1.5})
+    again = GGDMSampler.from_pretrained(tmp_path / "s")
+    assert again.config == sampler.config
+    for name, value in vars(again.coefficients()).items():
+        assert torch.equal(value, getattr(sampler.coefficients(), name)), name
+    card = read_card(tmp_path / "s")
+    assert card["nfe"] == 5
+    assert card["base_model"]["name"] == "oracle"
+    assert card["scores"] == {"fid": 1.5}
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["sampler.json", "sampler.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_nothing_is_overwritten_by_chance(tmp_path, schedule):
+    GGDMSampler(schedule, 3).save_pretrained(tmp_path)
+    before = (tmp_path / "sampler.json").read_bytes()
+    with pytest.raises(ValueError, match="already holds a sampler"):
+        GGDMSampler(schedule, 4).save_pretrained(tmp_path)
+    assert (tmp_path / "sampler.json").read_bytes() == before
+    GGDMSampler(schedule, 4).save_pretrained(tmp_path, overwrite=True)
+    assert GGDMSampler.from_pretrained(tmp_path).num_steps == 4
+
+
+def test_a_sampler_that_is_not_finite_is_not_saved(tmp_path, schedule):
+    sampler = GGDMSampler(schedule, 3)
+    sampler.corrections["mu"].data[0] = torch.nan
+    with pytest.raises(ValueError, match="mu holds numbers that are not finite"):
+        sampler.save_pretrained(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_damaged_folders(tmp_path, schedule):
+    with pytest.raises(ValueError, match=r"'sampler.json' is missing"):
+        GGDMSampler.from_pretrained(tmp_path)
+    GGDMSampler(schedule, 3).save_pretrained(tmp_path)
+    (tmp_path / "sampler.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        GGDMSampler.from_pretrained(tmp_path)
+    card = json.loads((tmp_path / "sampler.json").read_text())
+    (tmp_path / "sampler.json").write_text(json.dumps({**card, "format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        GGDMSampler.from_pretrained(tmp_path)
+    (tmp_path / "sampler.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        GGDMSampler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be between 1 and the 1000 steps of the noise schedule, got 0"),
+        ({"num_steps": 1001}, "got 1001"),
+        ({"anchor": "heun"}, "Unknown anchor 'heun'"),
+        ({"learn": ("mu", "sigma")}, "learn: 'sigma' does not exist in the anchored parametrisation"),
+        ({"learn": ("logsnr",), "parametrization": "ggdm"}, "'logsnr' does not exist in the ggdm"),
+        ({"parametrization": "free"}, "Unknown parametrization 'free'"),
+        ({"timesteps": [10, 20, 5, 1, 0]}, "timesteps must be 5 strictly decreasing numbers"),
+        ({"timesteps": [10, 5]}, "timesteps must be 5"),
+        ({"prediction_type": "score"}, "Unknown prediction_type 'score'"),
+        ({"eta": -1.0}, "eta must be between"),
+    ],
+)
+def test_bad_arguments(schedule, options, message):
+    with pytest.raises(ValueError, match=message):
+        GGDMSampler(schedule, **{"num_steps": 5, **options})
+
+
+def test_another_prediction_type_is_refused(denoiser):
+    sampler = GGDMSampler(denoiser.schedule, 3, prediction_type="sample")
+    with pytest.raises(ValueError, match="The denoiser predicts 'epsilon', the sampler was made for 'sample'"):
+        sampler(denoiser, torch.zeros(1, 1, 8, 8))
+
+
+def test_one_step_sampler_works(mixture):
+    x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    sampler = GGDMSampler(mixture.schedule, 1, learn=DEGREES)
+    alpha, sigma = mixture.schedule.alpha_sigma(torch.tensor(999.0))
+    expected = (x_T - sigma * mixture(x_T, torch.full((2,), 999.0))) / alpha
+    torch.testing.assert_close(sampler(mixture, x_T), expected)

@@ -1,0 +1,215 @@
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ddss_lightning import (
+    ConvFeatures,
+    DDSSModule,
+    DiffusersDenoiser,
+    DigitsDataModule,
+    GGDMSampler,
+    KIDLoss,
+    NoiseSchedule,
+    SampleQuality,
+)
+from ddss_lightning.data.digits import TensorImages
+from tests.conftest import DDPM, FEATURES
+
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def make(seed=0, **options):
+    denoiser = DiffusersDenoiser.from_pretrained(DDPM)
+    sampler = GGDMSampler(denoiser.schedule, num_steps=3, **options.pop("sampler", {}))
+    features = ConvFeatures.from_pretrained(FEATURES)
+    return DDSSModule(denoiser, sampler, features, batch_size=16, seed=seed, **options)
+
+
+def data(steps=2):
+    return DigitsDataModule(batch_size=16, steps_per_epoch=steps, num_val_images=24, num_test_images=20)
+
+
+def trainer(tmp_path, epochs, **options):
+    return Trainer(
+        max_epochs=epochs,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def test_learning_moves_the_sampler_and_nothing_else(tmp_path):
+    module = make()
+    before = {name: value.clone() for name, value in module.named_parameters() if "sampler" not in name}
+    frozen = (module.denoiser.fingerprint(), module.features.fingerprint())
+    trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
+    assert (module.denoiser.fingerprint(), module.features.fingerprint()) == frozen
+    for name, value in module.named_parameters():
+        if name in before and not name.startswith("averaged"):
+            assert torch.equal(value, before[name]), name
+    assert all((value != 0).any() for value in module.sampler.corrections.values())
+    assert not module.denoiser.training
+
+
+def test_learning_lowers_the_loss(tmp_path):
+    """Twelve steps from DDIM at three calls, a poor start: KID on held-out noise must fall well below it."""
+    module = make(sampler={"anchor": "ddim"}, lr=1e-2, time_lr=3e-2, warmup_steps=1)
+    quality = SampleQuality("kid", dirpath=str(tmp_path / "s"))
+    trainer(tmp_path, 1, enable_checkpointing=False, callbacks=[quality]).fit(module, data(steps=12))
+    assert quality.best["kid"] < 0.9 * quality.initial["kid"]
+
+
+@pytest.mark.parametrize("real", ["bank", "batch"])
+def test_two_epochs_and_resume_are_four_epochs_bit_for_bit(tmp_path, real):
+    def fit(folder, epochs, ckpt_path=None, stop=None):
+        module = DDSSModule(
+            denoiser := DiffusersDenoiser.from_pretrained(DDPM),
+            GGDMSampler(denoiser.schedule, 3),
+            ConvFeatures.from_pretrained(FEATURES),
+            KIDLoss(real=real),
+            batch_size=16,
+        )
+        keep = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        quality = SampleQuality(dirpath=str(tmp_path / folder / "s"))
+        runner = trainer(tmp_path, epochs, callbacks=[keep, quality])
+        runner.fit(module, data(), ckpt_path=ckpt_path)
+        return torch.load(tmp_path / folder / f"epoch={epochs - 1}.ckpt", weights_only=True), quality
+
+    whole, quality = fit("whole", 4)
+    again, resumed = fit("again", 4, ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, again["state_dict"][name]), name
+    moments = [c["optimizer_states"][0]["state"] for c in (whole, again)]
+    for key in moments[0]:
+        assert torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"])
+    assert quality.state_dict()["best"] == resumed.state_dict()["best"]
+    assert quality.state_dict()["initial"] == resumed.state_dict()["initial"]
+
+
+def test_checkpoint_is_small_and_holds_no_frozen_weights(tmp_path):
+    module = make()
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(tmp_path, 1, callbacks=[keep, SampleQuality(dirpath=str(tmp_path / "s"))]).fit(module, data())
+    path = tmp_path / "last.ckpt"
+    assert path.stat().st_size < 100_000
+    checkpoint = torch.load(path, weights_only=True)
+    assert all(key.startswith(("sampler.", "averaged.")) for key in checkpoint["state_dict"])
+    make().load_state_dict(checkpoint["state_dict"], strict=True)
+
+
+def test_another_model_s_checkpoint_is_refused(tmp_path):
+    module = make()
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(tmp_path, 1, callbacks=[keep]).fit(module, data())
+    other = make()
+    with torch.no_grad():
+        next(other.denoiser.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="The checkpoint belongs to the denoiser"):
+        trainer(tmp_path, 2).fit(other, data(), ckpt_path=tmp_path / "last.ckpt")
+    longer = make(sampler={"learn": ("mu",)})
+    with pytest.raises(ValueError, match="The checkpoint holds the sampler"):
+        trainer(tmp_path, 2).fit(longer, data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_the_result_is_never_worse_than_the_start(tmp_path):
+    """A learning rate that destroys the sampler: the best is candidate 0, and that is what fit leaves."""
+    module = make(lr=5.0, time_lr=5.0, warmup_steps=0)
+    quality = SampleQuality(dirpath=str(tmp_path / "s"))
+    with pytest.warns(UserWarning):
+        trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, data())
+    assert quality.best == quality.initial
+    assert quality.best_step == 0
+    assert all((value == 0).all() for value in module.sampler.corrections.values())
+    saved = GGDMSampler.from_pretrained(tmp_path / "s")
+    assert all((value == 0).all() for value in saved.corrections.values())
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
+    module = make()
+    original = module.loss.forward
+    calls = []
+
+    def loss(generated, real=None):
+        calls.append(len(generated))
+        return original(generated, real) * (torch.nan if len(calls) == 2 else 1.0)
+
+    module.loss.forward = loss
+    with pytest.warns(UserWarning, match=r"Step 1: the gradient is not finite; skipped \(1 so far\)"):
+        trainer(tmp_path, 2, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    assert module.num_skipped == 1
+    assert all(value.isfinite().all() for value in module.sampler.parameters())
+
+
+def test_noise_is_a_function_of_seed_step_and_rank(tmp_path):
+    results = []
+    for seed in (0, 0, 1):
+        module = make(seed=seed)
+        trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+        results.append(module.sampler.corrections["mu"].detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_running_average(tmp_path):
+    module = make(ema_decay=0.0)
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    for mean, value in zip(module.averaged.parameters(), module.sampler.parameters(), strict=True):
+        assert torch.equal(mean, value)
+    module = make(ema_decay=0.9)
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    mean, value = module.averaged.corrections["mu"], module.sampler.corrections["mu"]
+    assert 0 < mean.norm() < value.norm()
+
+
+def test_parts_that_do_not_fit(denoiser, features):
+    sampler = GGDMSampler(denoiser.schedule, 3)
+    with pytest.raises(ValueError, match=r"makes images of shape \(1, 8, 8\), the feature network takes \(3, 8, 8\)"):
+        DDSSModule(denoiser, sampler, ConvFeatures(image_channels=3))
+    other = NoiseSchedule(denoiser.schedule.table * 1.1)
+    with pytest.raises(ValueError, match="another noise schedule"):
+        DDSSModule(denoiser, GGDMSampler(other, 3), features)
+    with pytest.raises(ValueError, match="predicts 'epsilon', the sampler was made for 'sample'"):
+        DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 3, prediction_type="sample"), features)
+    with pytest.raises(ValueError, match="batch_size must be at least 2"):
+        DDSSModule(denoiser, sampler, features, batch_size=1)
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
+        DDSSModule(denoiser, sampler, features, ema_decay=1.0)
+    with pytest.raises(ValueError, match="Unknown remat 'some'"):
+        DDSSModule(denoiser, sampler, features, remat="some")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((20, 1, 8, 8), torch.nan), "NaN or infinite"),
+        (torch.full((20, 1, 8, 8), 3.0), r"must be in \[-1, 1\], got values from 3 to 3"),
+        (torch.zeros(20, 3, 8, 8), r"real images have shape \(3, 8, 8\), the model .* makes \(1, 8, 8\)"),
+        (torch.zeros(20, 1, 9, 9), r"real images have shape \(1, 9, 9\)"),
+    ],
+)
+def test_bad_data_is_refused_before_the_first_step(tmp_path, images, message):
+    class Bad(DigitsDataModule):
+        def real_images(self):
+            return TensorImages(images)
+
+    module = make()
+    module.training_step = lambda *_: pytest.fail("a step was taken")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, Bad())
+
+
+def test_no_real_images(tmp_path):
+    with pytest.raises(ValueError, match="give the Trainer a data module that has"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(make(), [torch.zeros(4, 1, 8, 8)])
+
+
+def test_nothing_to_learn(tmp_path):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(make(sampler={"learn": ()}), data())

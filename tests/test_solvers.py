@@ -1,0 +1,132 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from ddss_lightning.coefficients import marginals
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.schedule import alpha_sigma_of_logsnr
+from ddss_lightning.solvers import STRIDES, anchor_formula, ddim_noise_angles, ggdm_form, stride_timesteps
+
+
+def their_images(scheduler, denoiser, x_T, num_steps, noise=None, eta=0.0):
+    scheduler.set_timesteps(num_steps)
+    x = x_T
+    for k, t in enumerate(scheduler.timesteps):
+        extra = {} if noise is None else {"eta": eta, "variance_noise": noise[k]}
+        x = scheduler.step(denoiser(x, t.expand(len(x))), t, x, **extra).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("num_steps", [5, 10, 20])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_untrained_ddim_is_diffusers_ddim_on_the_shipped_model(denoiser, num_steps, spacing):
+    scheduler = DDIMScheduler(1000, clip_sample=False, timestep_spacing=spacing)
+    x_T = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = their_images(scheduler, denoiser, x_T, num_steps)
+        sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="ddim", timesteps=scheduler.timesteps.tolist())
+        torch.testing.assert_close(sampler(denoiser, x_T), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 10, 20])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_untrained_2m_is_diffusers_dpm_solver_on_the_shipped_model(denoiser, num_steps, spacing):
+    scheduler = DPMSolverMultistepScheduler(
+        1000, timestep_spacing=spacing, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+    x_T = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = their_images(scheduler, denoiser, x_T, num_steps)
+        sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="dpmpp_2m", timesteps=scheduler.timesteps.tolist())
+        torch.testing.assert_close(sampler(denoiser, x_T), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_untrained_noisy_ddim_is_diffusers_ddim_with_eta(denoiser, eta):
+    scheduler = DDIMScheduler(1000, clip_sample=False, timestep_spacing="leading")
+    generator = torch.Generator().manual_seed(0)
+    x_T, noise = (torch.randn(*n, 16, 1, 8, 8, generator=generator) for n in ((), (5,)))
+    # diffusers adds noise in its last step too (from t = 0 to the image); ours does not.
+    noise[-1] = 0
+    with torch.no_grad():
+        expected = their_images(scheduler, denoiser, x_T, 5, noise, eta)
+        timesteps = scheduler.timesteps.tolist()
+        sampler = GGDMSampler(denoiser.schedule, 5, anchor="ddim", eta=eta, timesteps=timesteps)
+        images = sampler(denoiser, x_T, noise=noise[:-1])
+    # Without its last noise, diffusers still shrinks the direction to x_t; both are about 0.01 at t = 0.
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("anchor", ["ddim", "dpmpp_2m"])
+def test_anchors_keep_the_marginals_of_the_schedule(schedule, anchor):
+    """Theorem 1 of a consistent solver: a_k = alpha_k, v_k = sigma_k^2 at every state, and the image is (1, 0)."""
+    logsnrs = schedule.logsnr(stride_timesteps(schedule, 6, "quadratic"))
+    alpha, sigma = alpha_sigma_of_logsnr(logsnrs)
+    angles = torch.zeros(5).double() if anchor == "dpmpp_2m" else torch.linspace(-0.5, 1.2, 5).double()
+    mu, nu, std = anchor_formula(anchor, logsnrs, angles)
+    a, marginal_std = marginals(mu, nu, std, torch.stack([alpha[0], sigma[0]]))
+    torch.testing.assert_close(a, torch.nn.functional.pad(alpha, (0, 1), value=1.0), rtol=0, atol=1e-10)
+    torch.testing.assert_close(marginal_std, torch.nn.functional.pad(sigma, (0, 1)), rtol=0, atol=1e-10)
+
+
+def test_ggdm_form_is_the_solver_with_a_history_of_predictions():
+    generator = torch.Generator().manual_seed(0)
+    num_steps = 6
+    current = torch.rand(num_steps, dtype=torch.float64, generator=generator)
+    predictions = torch.randn(num_steps, num_steps, dtype=torch.float64, generator=generator).tril()
+    predictions = predictions + 2 * torch.eye(num_steps)
+    mu, nu = ggdm_form(current, predictions)
+    x = y = torch.tensor(0.5, dtype=torch.float64)
+    states, guesses = [y], []
+    for k in range(num_steps):
+        guesses.append(torch.sin(3 * x + k))
+        x = current[k] * x + sum(predictions[k, j] * guesses[j] for j in range(k + 1))
+        y = sum(mu[k, j] * states[j] for j in range(k + 1)) + nu[k] * torch.sin(3 * states[k] + k)
+        states.append(y)
+        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-10)
+
+
+def test_2m_converges_at_second_order(schedule):
+    """One Gaussian: the exact flow is known, x_0 = mean + s (x_T - alpha_T mean) / sqrt(alpha_T^2 s^2 + sigma_T^2)."""
+    from ddss_lightning.denoisers import MixtureDenoiser
+
+    mean, s = 0.4, 0.3
+    oracle = MixtureDenoiser(torch.full((1, 1, 1, 1), mean, dtype=torch.float64), s, schedule)
+    x_T = torch.tensor([1.3], dtype=torch.float64).reshape(1, 1, 1, 1)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(999.0))
+    exact = mean + s * (x_T - alpha * mean) / (alpha**2 * s**2 + sigma**2).sqrt()
+
+    def error(anchor, num_steps):
+        return (GGDMSampler(schedule, num_steps, anchor=anchor, stride="logsnr")(oracle, x_T) - exact).abs().item()
+
+    assert 1.7 < error("ddim", 40) / error("ddim", 80) < 2.3
+    assert error("dpmpp_2m", 40) / error("dpmpp_2m", 80) > 3.3
+
+
+def test_noise_angle_at_zero_can_be_learned(schedule):
+    logsnrs = schedule.logsnr(stride_timesteps(schedule, 3, "linear"))
+    angles = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    std = anchor_formula("ddim", logsnrs, angles)[2]
+    std.sum().backward()
+    assert (std == 0).all()
+    torch.testing.assert_close(angles.grad, alpha_sigma_of_logsnr(logsnrs)[1][1:])
+
+
+def test_strides(schedule):
+    for stride in STRIDES:
+        t = stride_timesteps(schedule, 7, stride)
+        assert t[0] == 999
+        assert (t.diff() < 0).all()
+    assert schedule.logsnr(stride_timesteps(schedule, 7, "logsnr")).diff().std() < 1e-9
+    assert stride_timesteps(schedule, 2, "quadratic").tolist() == [999, 999 / 4]
+
+
+def test_bad_arguments(schedule):
+    with pytest.raises(ValueError, match="num_steps must be between 1 and the 1000 steps"):
+        stride_timesteps(schedule, 0, "linear")
+    with pytest.raises(ValueError, match="Unknown stride 'cubic'; choose one of linear"):
+        stride_timesteps(schedule, 5, "cubic")
+    with pytest.raises(ValueError, match="Unknown anchor 'heun'; choose one of ddim, dpmpp_2m"):
+        anchor_formula("heun", torch.zeros(2), torch.zeros(1))
+    with pytest.raises(ValueError, match="eta must be between 0"):
+        ddim_noise_angles(torch.zeros(2), 1.5)
