@@ -185,6 +185,47 @@ def draw(rows: list[dict[str, Any]], results: dict[Any, Any], report: dict[str, 
     figure.savefig(path, dpi=100)
 
 
+CARD = """---
+license: apache-2.0
+library_name: ddss_lightning
+base_model: {model}
+tags: [unconditional-image-generation, ddss, ggdm]
+---
+# {name}
+
+A sampler of {nfe} network calls for [`{model}`](../{model}), learned by `{recipe}`; the model's weights are untouched.
+`GGDMSampler.from_pretrained("checkpoints/{name}")` loads it.
+
+![All from the same noise](samples.png)
+
+{table}
+| | |
+|---|---|
+| scores | in the space of [`digits-features`](../digits-features), images clamped and rounded, 1797 real images |
+| command | `{command}` |
+| learning | {minutes:.1f} min, {machine} |
+"""
+
+
+def release(report: dict[str, Any], command: str, output: Path, folder: Path) -> None:
+    """Copy sampler, picture and table into a folder of `checkpoints/`, with a card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["sampler/sampler.json", "sampler/sampler.safetensors", "samples.png", "table.json"]
+    for name in files:
+        shutil.copyfile(output / name, folder / Path(name).name)
+    card = CARD.format(
+        name=folder.name,
+        model=Path(report["model"]).name,
+        nfe=report["nfe"],
+        recipe=report["recipe"],
+        table=(output / "table.md").read_text(),
+        command=command,
+        minutes=report["minutes_of_learning"],
+        machine=report["machine"],
+    )
+    (folder / "README.md").write_text(card)
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,7 +235,10 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0, help="of learning and of the test noise")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--release", type=Path, help="also copy the sampler with a card into this folder")
     args = parser.parse_args()
+    if args.release and args.sampler:
+        parser.error("--release is for a sampler that this command learned; leave out --sampler.")
     if args.output.exists() and any(args.output.iterdir()):
         if not args.overwrite:
             parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
@@ -214,6 +258,7 @@ def main() -> None:
     rows = best_rows(results)
     report = {
         "recipe": args.recipe,
+        "model": module.denoiser.name,
         "nfe": module.sampler.num_steps,
         "num_images": args.num_images,
         "seed": args.seed,
@@ -225,6 +270,9 @@ def main() -> None:
     }
     write_table(rows, report, args.output, console)
     draw(rows, results, report, args.output / "samples.png")
+    if args.release:
+        command = f"python recipes/demo.py --recipe {args.recipe} --seed {args.seed} --num_images {args.num_images}"
+        release(report, command, args.output, args.release)
     if minutes is not None:
         console.print(f"learned in {minutes:.1f} min, compared in {report['minutes_of_comparing']:.1f} min")
     where = {
