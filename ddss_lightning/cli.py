@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
@@ -16,6 +18,16 @@ from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.losses import KIDLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
+
+# Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
+EXPECTED = (
+    ".*does not have many workers.*",
+    r".*module\(s\) in eval mode.*",
+    ".*is smaller than the logging interval.*",
+    ".*LightningCLI's args parameter.*",
+    ".*local_dir_use_symlinks.*",
+    ".*treespec, LeafSpec.*",
+)
 
 
 def _schedule(denoiser: Denoiser) -> NoiseSchedule:
@@ -30,7 +42,7 @@ class DDSSCommandLine(LightningCLI):
     """A recipe names a `denoiser`, a `sampler`, `features`, `loss`, `model` (how to learn), `data` and `trainer`.
 
     `denoiser`, `sampler` and `features` are `class_path` and `init_args`; the class path can be a class or a method
-    that makes one, such as `ddss_lightning.GGDMSampler.from_pretrained`. The sampler gets the schedule and the
+    that makes one, such as `ddss_lightning.DiffusersDenoiser.from_pretrained`. The sampler gets the schedule and the
     prediction type of the denoiser. The callbacks `quality`, `pictures` and `images` are always there.
     """
 
@@ -49,29 +61,60 @@ class DDSSCommandLine(LightningCLI):
         )
         for part in ("denoiser", "sampler", "features", "loss"):
             parser.link_arguments(part, f"model.{part}", apply_on="instantiate")
+        parser.add_argument(
+            "--pretrained_sampler", type=str | None, help="folder of a saved sampler, used instead of the recipe's"
+        )
+
+    def instantiate_classes(self) -> None:
+        """Make the recipe's objects; a saved sampler takes the place of the recipe's."""
+        super().instantiate_classes()
+        folder = self._get(self.config, "pretrained_sampler")
+        if folder:
+            self.model.load_sampler(folder)
 
     def _parse_ckpt_path(self) -> None:
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""
 
 
+def _one_line(error: Exception) -> str:
+    """The message without line breaks; of the parser's nested report on a wrong value only the innermost part."""
+    message = " ".join(str(error).split())
+    innermost = re.findall(r'Parser key "([^"]*)": Expected an? (?:typing\.)?(.*?)\. Got value: (\S+)', message)
+    if not innermost:
+        return message
+    key, expected, value = innermost[-1]
+    return f"{key}: expected {expected.replace('Literal', 'one of ')}, got {value}."
+
+
+def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommandLine:
+    """Run `ddss` from Python and return its objects: `.model`, `.datamodule`, `.trainer`.
+
+    Args:
+        args: as on the command line; default `sys.argv`.
+        run: with False, `args` has no subcommand and the objects of the recipe are only made.
+    """
+    """Console entry point. Bad input ends with one line on standard error and exit status 1."""
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    return DDSSCommandLine(
+        DDSSModule,
+        ImageDataModule,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        parser_kwargs={"exit_on_error": False},
+        args=args,
+        run=run,
+    )
+
+
 def main(args: list[str] | None = None) -> None:
-    """Console entry point. Bad input ends with one line on standard error and exit status 1 (2 for a wrong flag)."""
-    # The digits are tiny: worker processes for their loader, which Lightning recommends, would only cost time.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    """Console entry point. Bad input ends with one line on standard error and exit status 1."""
     try:
-        DDSSCommandLine(
-            DDSSModule,
-            ImageDataModule,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            args=args,
-        )
-    except (ValueError, TypeError, OSError) as error:
+        command_line(args)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
-        print(f"ddss: error: {message} (DDSS_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"ddss: error: {_one_line(error)} (DDSS_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Adam, Optimizer
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
-from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.noise import draw_noise, generator_for, held_out_noise
@@ -112,6 +113,21 @@ class DDSSModule(LightningModule):
                 f"The denoiser '{denoiser.name}' predicts '{denoiser.prediction_type}', the sampler was made for "
                 f"'{sampler.config['prediction_type']}'; give the sampler that prediction_type."
             )
+
+    def load_sampler(self, pretrained_path: str | Path) -> None:
+        """Use a saved sampler instead of the one this module was made with.
+
+        Raises:
+            ValueError: nothing there, or a sampler that was learned for another denoiser.
+        """
+        sampler, base_model = GGDMSampler.from_pretrained(pretrained_path), read_card(pretrained_path)["base_model"]
+        self._check_parts(self.denoiser, sampler, self.features)
+        if base_model.get("fingerprint", self.denoiser.fingerprint()) != self.denoiser.fingerprint():
+            raise ValueError(
+                f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
+                f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
+            )
+        self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
 
     # ---------------------------------------------------------------------------------------------- real images
 

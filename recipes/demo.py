@@ -15,7 +15,6 @@ import platform
 import re
 import shutil
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,18 @@ from rich.table import Table
 from torch import Tensor
 
 from ddss_lightning.callbacks.quality import quality_metrics, update_quality
-from ddss_lightning.cli import DDSSCommandLine
+from ddss_lightning.cli import command_line
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
+from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
-from ddss_lightning.noise import held_out_noise
+from ddss_lightning.noise import generator_for, held_out_noise
 from ddss_lightning.pictures import image_grid
 from ddss_lightning.solvers import STRIDES
 
 SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
 BATCH_SIZE = 500
-
-
-def command_line(arguments: list[str]) -> DDSSCommandLine:
-    """`ddss` from Python; returns the objects of the recipe."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    return DDSSCommandLine(
-        DDSSModule, ImageDataModule, subclass_mode_data=True, seed_everything_default=0, args=arguments
-    )
 
 
 def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataModule, float]:
@@ -60,14 +52,6 @@ def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataMo
     ]
     cli = command_line(["fit", "-c", recipe, *map(str, flags)])
     return cli.model, cli.datamodule, time.time() - started
-
-
-def recipe_parts(recipe: str, seed: int) -> tuple[DDSSModule, ImageDataModule]:
-    """The objects of a recipe, without learning."""
-    flags = ["--model.seed", str(seed), "--trainer.logger", "false"]
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    cli = DDSSCommandLine(DDSSModule, ImageDataModule, subclass_mode_data=True, args=["-c", recipe, *flags], run=False)
-    return cli.model, cli.datamodule
 
 
 @torch.no_grad()
@@ -91,9 +75,15 @@ def score(
     return {name: float(value) for name, value in metrics.compute().items()}, first[0]
 
 
-def compare(module: DDSSModule, datamodule: ImageDataModule, num_images: int, seed: int) -> dict[str, Any]:
+def sampling_floor(real: Tensor, num_images: int) -> float:
+    """FID of real images drawn with replacement: what a perfect sampler would get from so many images."""
+    metric = FrechetDistance(real)
+    metric.update(real[torch.randint(len(real), (num_images,), generator=generator_for("sampling floor"))])
+    return float(metric.compute())
+
+
+def compare(module: DDSSModule, real: Tensor, num_images: int, seed: int) -> dict[str, Any]:
     """Scores and first images of every solver at every stride, and of the learned sampler."""
-    real = real_features(module, datamodule)
     schedule, num_steps = module.denoiser.schedule, module.sampler.num_steps
     samplers = {
         (name, stride): GGDMSampler(
@@ -161,10 +151,13 @@ def write_table(rows: list[dict[str, Any]], report: dict[str, Any], output: Path
         cells += [f"{row['fid']:.2f}", f"{row['kid']:.2f}", f"{row['is']:.2f}" if "is" in row else ""]
         table.add_row(*cells, style="bold" if row["sampler"] == "learned" else "")
         lines.append(f"| {' | '.join(cells)} |")
-    reference = f"DDPM with 1000 network calls: FID {report['ddpm_1000']}"
+    reference = (
+        f"For reference: DDPM with 1000 network calls has FID {report['ddpm_1000']}; real images drawn with "
+        f"replacement, as many as here, {report['fid_of_real_images']:.2f}: no sampler can do much better"
+    )
     summary = ", ".join(f"{value:.3f} {name}" for name, value in report["fid_ratio"].items())
     console.print(table)
-    console.print(reference, f"Learned FID: {summary}.", sep="\n")
+    console.print(reference + ".", f"Learned FID: {summary}.", sep="\n")
     text = [f"{title}, noise of seed {report['seed']} that learning never saw.", "", *lines, "", reference + ".", ""]
     text += [f"Learned FID: {summary}.", ""]
     (output / "table.md").write_text("\n".join(text))
@@ -248,13 +241,16 @@ def main() -> None:
 
     minutes = None
     if args.sampler:
-        module, datamodule = recipe_parts(args.recipe, args.seed)
+        flags = ["--model.seed", str(args.seed), "--trainer.logger", "false"]
+        cli = command_line(["-c", args.recipe, *flags], run=False)
+        module, datamodule = cli.model, cli.datamodule
         module.sampler = GGDMSampler.from_pretrained(args.sampler)
     else:
         module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60
     started = time.time()
-    results = compare(module, datamodule, args.num_images, args.seed)
+    real = real_features(module, datamodule)
+    results = compare(module, real, args.num_images, args.seed)
     rows = best_rows(results)
     report = {
         "recipe": args.recipe,
@@ -263,6 +259,7 @@ def main() -> None:
         "num_images": args.num_images,
         "seed": args.seed,
         "fid_ratio": ratios(rows),
+        "fid_of_real_images": sampling_floor(real, args.num_images),
         "ddpm_1000": reference_of(module.denoiser.name),
         "minutes_of_learning": minutes,
         "minutes_of_comparing": (time.time() - started) / 60,

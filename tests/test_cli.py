@@ -29,14 +29,14 @@ def test_every_recipe_runs(recipe, tmp_path):
     main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
 
 
-def test_fit_resume_validate_test_predict(tmp_path, capsys):
+def test_fit_resume_validate_test_predict(tmp_path, caplog):
     main(quick("fit", tmp_path))
     version = tmp_path / "digits_5" / "version_0"
     (checkpoint,) = (version / "checkpoints").glob("*.ckpt")
     assert checkpoint.stat().st_size < 100_000
     assert (version / "sampler" / "sampler.json").is_file()
     assert (version / "config.yaml").is_file()
-    assert "saved in" in capsys.readouterr().err
+    assert f"saved in '{version / 'sampler'}'" in caplog.text
 
     # Flags win over what the checkpoint remembers, and resuming goes on where it stopped.
     main(quick("fit", tmp_path, "--trainer.max_steps=4", "--model.lr=0.5", f"--ckpt_path={checkpoint}"))
@@ -46,9 +46,9 @@ def test_fit_resume_validate_test_predict(tmp_path, capsys):
     assert torch.load(resumed, weights_only=True)["global_step"] == 4
 
     main(quick("validate", tmp_path, f"--ckpt_path={checkpoint}"))
-    saved = ["--sampler=ddss_lightning.GGDMSampler.from_pretrained", f"--sampler.pretrained_path={version / 'sampler'}"]
-    main(quick("test", tmp_path, *saved))
-    main(quick("predict", tmp_path, *saved, "--data.num_predict_images=5", f"--images.output_dir={tmp_path / 'out'}"))
+    saved = f"--pretrained_sampler={version / 'sampler'}"
+    main(quick("test", tmp_path, saved))
+    main(quick("predict", tmp_path, saved, "--data.num_predict_images=5", f"--images.output_dir={tmp_path / 'out'}"))
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert files == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
     with Image.open(tmp_path / "out" / "00000.png") as image:
@@ -87,11 +87,12 @@ def error_of(capsys, arguments):
         (["--features.pretrained_path=no/such/network"], "No feature network in 'no/such/network'"),
         (["--sampler.num_steps=0"], "num_steps must be between 1 and the 1000 steps of the noise schedule, got 0"),
         (["--sampler.num_steps=1001"], "got 1001"),
-        (["--sampler.anchor=heun"], "heun"),
-        (["--sampler.learn=[mu,sigma]"], "sigma"),
+        (["--sampler.anchor=heun"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got heun"),
+        (["--sampler.learn=[mu,sigma]"], "got sigma"),
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
-        (["--loss.kernel=rbf"], "rbf"),
+        (["--loss.kernel=rbf"], "loss.kernel: expected one of ['cubic', 'linear'], got rbf"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
+        (["--pretrained_sampler=no/such/sampler"], "No sampler in 'no/such/sampler'"),
         (["--model.batch_size=1"], "batch_size must be at least 2"),
         (
             ["--data=ddss_lightning.ImageFolderDataModule", "--data.root=no/such/images", "--data.image_size=8"],
@@ -135,6 +136,8 @@ def test_resume_against_another_model(tmp_path, capsys):
     unet.save_pretrained(tmp_path / "m" / "unet")
     other = [f"--denoiser.pretrained_path={tmp_path / 'm'}", f"--ckpt_path={checkpoint}"]
     assert "The checkpoint belongs to the denoiser" in error_of(capsys, quick("fit", tmp_path, *other))
+    other[1] = f"--pretrained_sampler={tmp_path / 'digits_5' / 'version_0' / 'sampler'}"
+    assert "was learned for" in error_of(capsys, quick("predict", tmp_path, *other))
 
 
 def test_output_folders_are_not_overwritten(tmp_path, capsys):

@@ -26,7 +26,7 @@ def quality_metrics(features: FeatureExtractor, real: Tensor) -> MetricCollectio
     try:
         num_classes = features.logits(real[:1]).shape[1]
     except NotImplementedError:
-        return MetricCollection(metrics)
+        return MetricCollection(metrics, compute_groups=False)
     return MetricCollection({**metrics, "is": InceptionScore(num_classes)}, compute_groups=False)
 
 
@@ -62,6 +62,8 @@ class SampleQuality(Callback):
         self.best_step = 0
         self.best_sampler: dict[str, Tensor] = {}
         self.scores: dict[str, float] = {}
+        self.num_images = 0
+        self._num_images = 0
         self._metrics: MetricCollection | None = None
 
     def folder(self, trainer: Trainer) -> Path:
@@ -79,13 +81,17 @@ class SampleQuality(Callback):
         if self._metrics is None:
             self._metrics = quality_metrics(module.features, module.real_features()).to(module.device)
         self._metrics.reset()
+        self._num_images = 0
 
     def _update(self, module: DDSSModule, images: Tensor) -> None:
         assert self._metrics is not None
+        self._num_images += len(images)
         update_quality(self._metrics, module.features, images)
 
-    def _compute(self) -> dict[str, float]:
+    def _compute(self, trainer: Trainer) -> dict[str, float]:
         assert self._metrics is not None
+        counted = trainer.strategy.reduce(torch.tensor(float(self._num_images)), reduce_op="sum")
+        self.num_images = int(counted)
         self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
         return self.scores
 
@@ -104,7 +110,7 @@ class SampleQuality(Callback):
         count = limit if isinstance(limit, int) else round(limit * len(batches))
         for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
             self._update(pl_module, pl_module.validation_step(batch, index))
-        self.initial = self._compute()
+        self.initial = self._compute(trainer)
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
 
@@ -135,15 +141,15 @@ class SampleQuality(Callback):
         assert isinstance(pl_module, DDSSModule)
         if trainer.sanity_checking:
             return
-        for name, value in self._compute().items():
+        for name, value in self._compute(trainer).items():
             pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor)
         if trainer.state.fn == "fit":
             self._select(trainer, pl_module)
             pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor])
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and log."""
-        for name, value in self._compute().items():
+        for name, value in self._compute(trainer).items():
             pl_module.log(f"test/{name}", value)
 
     # ------------------------------------------------------------------------------------------------ selection
@@ -157,7 +163,7 @@ class SampleQuality(Callback):
             scores = {
                 "validation": self.best,
                 "validation_of_initial_sampler": self.initial,
-                "validation_images": trainer.datamodule.num_val_images,  # type: ignore[attr-defined]
+                "validation_images": self.num_images,
                 "training_step": self.best_step,
                 "seed": module.seed,
             }

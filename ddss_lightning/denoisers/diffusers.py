@@ -66,7 +66,8 @@ class DiffusersDenoiser(Denoiser):
                     "by a diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm'."
                 )
         try:
-            unet = UNet2DModel.from_pretrained(pretrained_path, subfolder="unet", **kwargs)
+            # Loading in one go needs no further package (accelerate) and no warning of its absence.
+            unet = UNet2DModel.from_pretrained(pretrained_path, subfolder="unet", low_cpu_mem_usage=False, **kwargs)
             scheduler = DDPMScheduler.from_pretrained(pretrained_path, subfolder="scheduler", **kwargs)
         except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,30 @@
+"""The shipped samplers are what their cards say."""
+
+import pytest
+import torch
+
+from ddss_lightning.callbacks.quality import quality_metrics, update_quality
+from ddss_lightning.data.digits import load_digits_tensors
+from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.images import to_pixels
+from ddss_lightning.noise import held_out_noise
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("num_steps", [5, 10, 20])
+def test_shipped_sampler_belongs_to_the_shipped_model_and_beats_its_anchor(denoiser, features, num_steps):
+    folder = ROOT / "checkpoints" / f"digits-ggdm-{num_steps}"
+    learned, card = GGDMSampler.from_pretrained(folder), read_card(folder)
+    assert card["nfe"] == learned.num_steps == num_steps
+    assert card["base_model"]["fingerprint"] == denoiser.fingerprint()
+    assert card["schedule"]["fingerprint"] == denoiser.schedule.fingerprint()
+    anchor = GGDMSampler(denoiser.schedule, **{**learned.config, "learn": ()})
+    fid = {}
+    with torch.no_grad():
+        real = features(load_digits_tensors()[0])
+        x_T, noise = held_out_noise("test of the shipped sampler", list(range(1000)), (1, 8, 8), num_steps)
+        for name, sampler in (("learned", learned), ("anchor", anchor)):
+            metrics = quality_metrics(features, real)
+            update_quality(metrics, features, to_pixels(sampler(denoiser, x_T, noise=noise)))
+            fid[name] = float(metrics.compute()["fid"])
+    assert fid["learned"] < fid["anchor"]
