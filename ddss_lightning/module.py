@@ -48,6 +48,7 @@ class DDSSModule(LightningModule):
         betas: of Adam.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
+        gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
         ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
         remat: `none` or `denoiser`, see `unroll`.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
@@ -70,6 +71,7 @@ class DDSSModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         warmup_steps: int = 10,
         final_lr_fraction: float = 0.03,
+        gradient_clip_norm: float = 1.0,
         ema_decay: float = 0.9,
         remat: Remat = "none",
         seed: int = 0,
@@ -91,6 +93,7 @@ class DDSSModule(LightningModule):
         self.batch_size, self.remat, self.seed = batch_size, remat, seed
         self.lr, self.time_lr, self.betas = lr, time_lr, betas
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
+        self.gradient_clip_norm = gradient_clip_norm
         self.num_skipped = 0
         self._real: Tensor | None = None
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
@@ -208,6 +211,17 @@ class DDSSModule(LightningModule):
             for parameter in self.sampler.parameters():
                 parameter.grad = None
         self.log("train/skipped_steps", float(self.num_skipped))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the Trainer's settings, or to `gradient_clip_norm`."""
+        if gradient_clip_val is None:
+            gradient_clip_val, gradient_clip_algorithm = self.gradient_clip_norm, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Update the running average, with a shorter memory in the first steps."""

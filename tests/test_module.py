@@ -122,7 +122,7 @@ def test_the_result_is_never_worse_than_the_start(tmp_path):
     """A learning rate that destroys the sampler: the best is candidate 0, and that is what fit leaves."""
     module = make(lr=5.0, time_lr=5.0, warmup_steps=0)
     quality = SampleQuality(dirpath=str(tmp_path / "s"))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="makes images that are not finite; lower the learning rate"):
         trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, data())
     assert quality.best == quality.initial
     assert quality.best_step == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -93,6 +94,11 @@ class SampleQuality(Callback):
         counted = trainer.strategy.reduce(torch.tensor(float(self._num_images)), reduce_op="sum")
         self.num_images = int(counted)
         self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
+        if not math.isfinite(self.scores[self.monitor]):
+            rank_zero_warn(
+                f"Step {trainer.global_step}: the sampler makes images that are not finite; lower the learning rate. "
+                "It is not kept."
+            )
         return self.scores
 
     # --------------------------------------------------------------------------------------------- candidate 0

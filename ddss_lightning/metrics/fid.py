@@ -78,9 +78,11 @@ class FrechetDistance(Metric):
         self.outer += centred.T @ centred
 
     def compute(self) -> Tensor:
-        """The squared Frechet distance."""
+        """The squared Frechet distance; NaN if any feature was not finite."""
         if self.num < 2:
             raise ValueError(f"FID needs at least two generated images, got {int(self.num)}.")
+        if not self.outer.isfinite().all():
+            return torch.full_like(self.total[0], torch.nan)
         mean = self.total / self.num
         cov = (self.outer - self.num * torch.outer(mean, mean)) / (self.num - 1)
         return frechet_distance(mean + self.mean_real, cov, self.mean_real, self.cov_real)

@@ -77,6 +77,13 @@ def test_states_stay_float64_under_half():
     torch.testing.assert_close(updated(metric, x, 70), updated(FrechetDistance(real), x, 70), rtol=0, atol=0)
 
 
+def test_features_that_are_not_finite_give_nan():
+    x = draw(20)
+    x[3, 2] = torch.nan
+    assert updated(FrechetDistance(draw(30)), x, 7).isnan()
+    assert updated(KernelDistance(draw(30)), x, 7).isnan()
+
+
 def test_too_few_images():
     with pytest.raises(ValueError, match="FID needs at least two generated images, got 1"):
         updated(FrechetDistance(draw(9)), draw(1), 1)

@@ -1,0 +1,59 @@
+"""Run by test_ddp.py in one and in two processes; prints scores and the first gradient as JSON."""
+
+import json
+import logging
+import sys
+import warnings
+
+import torch
+from lightning.pytorch import Trainer
+
+import ddss_lightning.module as module_file
+from ddss_lightning import DigitsDataModule, SampleQuality
+from ddss_lightning.noise import draw_noise, generator_for
+from tests.test_module import make
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def noise_of_two_ranks(shape, num_steps, key):
+    """What ranks 0 and 1 draw, for one process that takes both halves of the batch."""
+    half = (shape[0] // 2, *shape[1:])
+    draws = [draw_noise(half, num_steps, generator_for(*key[:-1], rank)) for rank in (0, 1)]
+    return torch.cat([x for x, _ in draws]), torch.cat([z for _, z in draws], dim=1)
+
+
+def main(world_size):
+    module = make()
+    gradients = {}
+
+    def keep_gradients(_):
+        for name, value in module.sampler.corrections.items():
+            gradients.setdefault(name, value.grad.tolist())
+
+    module.on_before_optimizer_step = keep_gradients
+    if world_size == 1:
+        module_file.generator_for, module_file.draw_noise = lambda *key: key, noise_of_two_ranks
+    else:
+        module.batch_size = 8
+    trainer = Trainer(
+        strategy="ddp" if world_size > 1 else "auto",
+        devices=world_size,
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[quality := SampleQuality(dirpath=sys.argv[2])],
+    )
+    data = DigitsDataModule(batch_size=8, steps_per_epoch=1 * world_size, num_val_images=25, eval_batch_size=4)
+    trainer.fit(module, data)
+    if trainer.is_global_zero:
+        print("RESULT", json.dumps({"initial": quality.initial, "images": quality.num_images, "gradients": gradients}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,31 @@
+"""Two processes do what one does: the same scores on held-out noise, the gradient of the union of the batches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from tests.conftest import ROOT
+
+
+def run(world_size, folder):
+    command = [sys.executable, "-m", "tests.ddp_script", str(world_size), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == 1, done.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def test_two_processes_are_one_process(tmp_path):
+    one, two = run(1, tmp_path / "one"), run(2, tmp_path / "two")
+    assert one["images"] == two["images"] == 25
+    for name, value in one["initial"].items():
+        assert abs(two["initial"][name] - value) <= 1e-5 * abs(value), name
+    for name, value in one["gradients"].items():
+        expected = torch.tensor(value)
+        torch.testing.assert_close(
+            torch.tensor(two["gradients"][name]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
