@@ -172,7 +172,7 @@ FID, KID and the loss of the digits examples; its logits serve the Inception Sco
 |---|---|
 | held-out accuracy (same training on 80 %, tested on 20 %) | {accuracy:.4f} |
 | the shipped weights | trained on all 1797 images |
-| training command | `python checkpoints/make_digits.py` (seed {seed}) |
+| training command | `python checkpoints/make_digits.py --overwrite` (seed {seed}) |
 | time | {seconds:.0f} s, {machine} |
 """
 
@@ -193,7 +193,8 @@ EMA 0.9995, trained on scikit-learn's 1797 digits scaled to [-1, 1].
 | FID, DDPM sampling with 1000 network calls | {fid:.3f} ({num_images} images against all 1797 real images) |
 | the same scale: half of the real set against all of it | {half:.3f} (mean of 10 random halves) |
 | feature space | `digits-features`, 64 features, images clamped and rounded to 8 bits |
-| training command | `python checkpoints/make_digits.py` (seed {seed}, {iterations} iterations of {batch_size} images) |
+| training command | `python checkpoints/make_digits.py --overwrite` (seed {seed}) |
+| training | {iterations} iterations of {batch_size} images |
 | time | {minutes:.1f} min of training, {machine} |
 
 Limits: it has seen every image that it is compared with, and 8x8 digits prove machinery, not image quality.
@@ -211,7 +212,8 @@ def main() -> None:
     args = parser.parse_args()
     folders = args.output / "digits-features", args.output / "digits-ddpm"
     for folder in folders:
-        if folder.exists() and not args.overwrite:
+        interrupted = (args.output / "digits-ddpm.partial").exists()
+        if folder.exists() and not (args.overwrite or interrupted):
             parser.error(f"'{folder}' exists; give another --output or --overwrite.")
     machine = f"{torch.get_num_threads()} threads, {platform.machine()} CPU, torch {torch.__version__}"
     images, labels = load_digits_tensors()

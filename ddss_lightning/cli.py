@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
@@ -69,6 +68,8 @@ class DDSSCommandLine(LightningCLI):
         """Make the recipe's objects; a saved sampler takes the place of the recipe's."""
         super().instantiate_classes()
         folder = self._get(self.config, "pretrained_sampler")
+        if folder and self._get(self.config, "ckpt_path"):
+            raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
         if folder:
             self.model.load_sampler(folder)
 
@@ -93,7 +94,6 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         args: as on the command line; default `sys.argv`.
         run: with False, `args` has no subcommand and the objects of the recipe are only made.
     """
-    """Console entry point. Bad input ends with one line on standard error and exit status 1."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     return DDSSCommandLine(
@@ -111,7 +111,7 @@ def main(args: list[str] | None = None) -> None:
     """Console entry point. Bad input ends with one line on standard error and exit status 1."""
     try:
         command_line(args)
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
+    except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise
         print(f"ddss: error: {_one_line(error)} (DDSS_TRACEBACK=1 shows where)", file=sys.stderr)

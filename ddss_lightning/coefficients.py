@@ -30,7 +30,7 @@ class Coefficients:
     Args:
         mu: weights of the states, shape (K, K), lower triangular (diagonal included).
         nu: weights of the predicted image, shape (K,).
-        std: noise added, shape (K,), at least 0; the last is 0 in every sampler that ends in an image.
+        std: noise added, shape (K,), at least 0; the last is 0.
         pred: the pair that turns (x_k, network output) into x0_hat, shape (K, 2).
         timesteps: what the network receives, shape (K,), strictly decreasing in every useful sampler.
         prior: (alpha, sigma) of the first state, shape (2,): the marginal from which Theorem 1 starts.
@@ -52,7 +52,7 @@ class Coefficients:
         """Return `self` if it is a sampler.
 
         Raises:
-            ValueError: a wrong shape, a number that is not finite, a weight of a later state, or negative noise.
+            ValueError: a wrong shape, a number that is not finite, a weight of a later state, negative or last noise.
         """
         num_steps = self.num_steps
         shapes = {
@@ -71,6 +71,8 @@ class Coefficients:
                 raise ValueError(f"{name} holds numbers that are not finite: {value.detach()}.")
         if self.mu.triu(1).any():
             raise ValueError("mu must be lower triangular: a state can only depend on the states before it.")
+        if self.std[-1] != 0:
+            raise ValueError(f"The last step makes the image and adds no noise, got std[-1] = {float(self.std[-1])}.")
         if (self.std < 0).any():
             raise ValueError(f"std must be at least 0, got {self.std.detach()}.")
         return self

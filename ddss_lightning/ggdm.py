@@ -63,8 +63,8 @@ class GGDMSampler(nn.Module):
     - `std`, shape (K - 1,): anchored: change of the noise angle theta_k, where std_k = sigma_{k+1} |sin theta_k|;
       ggdm: change of std_k itself;
     - `pred`, shape (K, 2): corrections to the pair that turns (x_k, output) into x0_hat (+PRED);
-    - `time`, shape (K,): offsets, in half log-SNR, of the time shown to the network (+TIME), monotone by a running
-      maximum;
+    - `time`, shape (K - 1,): offsets, in half log-SNR, of the times shown to the network (+TIME), monotone by a
+      running maximum. The first call stays where it is: its input is pure noise, the end of the schedule;
     - `logsnr`, shape (K - 1,), anchored only: logarithms of the factors by which the gaps between the anchor's
       half log-SNRs grow. The coefficients follow by the anchor's formula.
 
@@ -117,7 +117,8 @@ class GGDMSampler(nn.Module):
                     f"learn: '{name}' does not exist in the {parametrization} parametrisation; "
                     f"choose any of {', '.join(known)}."
                 )
-        self.schedule = schedule
+        # A copy: the denoiser's may be cast or moved with the network.
+        self.schedule = schedule = NoiseSchedule(schedule.table)
         self.config: dict[str, Any] = {
             "num_steps": num_steps,
             "anchor": anchor,
@@ -147,7 +148,7 @@ class GGDMSampler(nn.Module):
             "nu": (num_steps,),
             "std": (num_steps - 1,),
             "pred": (num_steps, 2),
-            "time": (num_steps,),
+            "time": (num_steps - 1,),
             "logsnr": (num_steps - 1,),
         }
         self.corrections = nn.ParameterDict(
@@ -169,7 +170,9 @@ class GGDMSampler(nn.Module):
 
     def timesteps(self) -> Tensor:
         """Times shown to the network, shape (K,), real-valued, not increasing."""
-        return self.schedule.timestep((self.logsnrs() + self._correction("time")).cummax(0).values)
+        logsnrs = self.logsnrs()
+        later = logsnrs[1:] + self._correction("time")
+        return self.schedule.timestep(torch.cat([logsnrs[:1], later]).cummax(0).values)
 
     def coefficients(self) -> Coefficients:
         """The sampler's numbers, float64, differentiable with respect to everything that is learned."""
@@ -238,7 +241,7 @@ class GGDMSampler(nn.Module):
         """Write the sampler: `sampler.safetensors` (numbers) and `sampler.json` (the card).
 
         The safetensors file holds what was learned, the schedule and, for readers without this package, the final
-        coefficients, all float64. The folder appears whole or not at all.
+        coefficients, all float64. Each file is replaced at once: no half-written file is left under its name.
 
         Args:
             save_directory: a folder; created, parents included.
@@ -250,7 +253,7 @@ class GGDMSampler(nn.Module):
             ValueError: a sampler is there and `overwrite` is false, or the sampler's numbers are not finite.
         """
         folder = Path(save_directory)
-        if not overwrite and (folder / CARD_NAME).exists():
+        if not overwrite and any((folder / name).exists() for name in (CARD_NAME, WEIGHTS_NAME)):
             raise ValueError(f"'{folder}' already holds a sampler; give another folder or overwrite=True.")
         coefficients = self.coefficients().detach().validate()
         tensors = {f"learned.{name}": value.detach().contiguous() for name, value in self.corrections.items()}
@@ -261,10 +264,7 @@ class GGDMSampler(nn.Module):
             "format_version": FORMAT_VERSION,
             "nfe": self.num_steps,
             "base_model": dict(base_model or {}),
-            "schedule": {
-                "num_train_timesteps": self.schedule.num_train_timesteps,
-                "fingerprint": self.schedule.fingerprint(),
-            },
+            "schedule": {"num_train_timesteps": self.schedule.num_train_timesteps},
             "config": self.config,
             "num_learned": sum(value.numel() for value in self.corrections.values()),
             "timesteps": coefficients.timesteps.tolist(),

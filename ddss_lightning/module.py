@@ -96,6 +96,7 @@ class DDSSModule(LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.num_skipped = 0
         self._real: Tensor | None = None
+        self._real_source: object = None
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
@@ -106,7 +107,7 @@ class DDSSModule(LightningModule):
                 f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
                 f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
             )
-        if denoiser.schedule.fingerprint() != sampler.schedule.fingerprint():
+        if not denoiser.schedule.matches(sampler.schedule):
             raise ValueError(
                 f"The sampler was made for another noise schedule than that of '{denoiser.name}'; "
                 "make it with GGDMSampler(denoiser.schedule, ...)."
@@ -135,13 +136,14 @@ class DDSSModule(LightningModule):
     # ---------------------------------------------------------------------------------------------- real images
 
     def real_features(self) -> Tensor:
-        """Features of all real images of the data module, shape (m, d), computed once.
+        """Features of all real images of the data module, shape (m, d), computed once for each data module.
 
         Raises:
-            ValueError: no data module, images of another shape than the model's, NaN, or values outside [-1, 1].
+            ValueError: no data module, fewer than two images, images of another shape than the model's, NaN, or values
+                outside [-1, 1].
         """
-        if self._real is None:
-            datamodule: Any = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self._real is None or self._real_source is not datamodule:
             if not hasattr(datamodule, "real_dataloader"):
                 raise ValueError(
                     "DDSSModule compares with real images: give the Trainer a data module that has "
@@ -152,7 +154,10 @@ class DDSSModule(LightningModule):
                 for images in datamodule.real_dataloader():
                     self._check_images(images)
                     parts.append(self.features(images.to(self.device)))
-            self._real = torch.cat(parts)
+            real = torch.cat(parts)
+            if len(real) < 2:
+                raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
+            self._real, self._real_source = real, datamodule
         return self._real
 
     def _check_images(self, images: Tensor) -> None:
@@ -238,6 +243,11 @@ class DDSSModule(LightningModule):
             for times, lr, label in ((True, self.time_lr, "times"), (False, self.lr, "corrections"))
         ]
         groups = [group for group in groups if group["params"]]
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "accumulate_grad_batches must be 1: the KID of a large batch is not the mean over small ones; "
+                "raise model.batch_size, with remat='denoiser' if memory is short."
+            )
         if not groups:
             raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
         optimizer = Adam(groups, betas=self.betas)

@@ -73,7 +73,8 @@ def anchor_formula(anchor: Anchor, logsnrs: Tensor, noise_angles: Tensor) -> tup
     r"""Coefficients of a known solver at given log-SNRs, with noise of a given fraction in every step but the last.
 
     A noise angle theta_k splits the next marginal: std_k = sigma_{k+1} |sin theta_k| is added, and the solver's
-    update aims at the rest, sigma' = sigma_{k+1} cos theta_k, so that the marginal is kept:
+    update aims at the rest, sigma' = sigma_{k+1} cos theta_k, so that the marginal is kept (exactly by `ddim`; by
+    `dpmpp_2m` without noise, see `ggdm_form`):
 
     .. math::
         x_{k+1} = \frac{\sigma'}{\sigma_k} x_k + \left(\alpha_{k+1} - \alpha_k \frac{\sigma'}{\sigma_k}\right) D_k

@@ -21,8 +21,9 @@ def unroll(
 ) -> Tensor:
     r"""Run the sampler: x_{k+1} = sum_{j<=k} mu_kj x_j + nu_k x0_hat_k + std_k z_k for k = 0, ..., K-1.
 
-    The weights are combined in float64 and applied in the dtype of `x_T`. Nothing is detached; callers choose
-    `torch.no_grad`. All noise comes from outside, so that a rematerialised step sees the same numbers twice.
+    The weights are combined in float64 and applied in the dtype of `x_T`, under autocast too. Nothing is detached;
+    callers choose `torch.no_grad`. All noise comes from outside, so that a rematerialised step sees the same numbers
+    twice.
 
     Args:
         network: (x_k, timestep) -> output, shapes (N, C, H, W), (N,) -> (N, C, H, W).
@@ -58,7 +59,9 @@ def unroll(
             output: Tensor = checkpoint(network, states[k], timestep, use_reentrant=False, preserve_rng_state=False)
         else:
             output = network(states[k], timestep)
-        x_next = torch.tensordot(state_weights[k, : k + 1], torch.stack(states), 1) + output_weight[k] * output
+        with torch.autocast(x_T.device.type, enabled=False):
+            x_next = torch.tensordot(state_weights[k, : k + 1], torch.stack(states), 1)
+        x_next = x_next + output_weight[k] * output.to(x_T.dtype)
         if noise is not None and k < num_steps - 1:
             x_next = x_next + std[k] * noise[k]
         states.append(x_next)

@@ -230,15 +230,22 @@ def main() -> None:
     parser.add_argument("--sampler", help="compare this saved sampler instead of learning one")
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0, help="of learning and of the test noise")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder"
+    )
     parser.add_argument("--release", type=Path, help="also copy the sampler with a card into this folder")
     args = parser.parse_args()
     if args.release and args.sampler:
         parser.error("--release is for a sampler that this command learned; leave out --sampler.")
+    if not Path(args.recipe).is_file():
+        parser.error(f"there is no recipe '{args.recipe}'.")
+    if args.release and (args.release / "README.md").exists() and not args.overwrite:
+        parser.error(f"'{args.release}' holds a released sampler; give another folder or --overwrite.")
     if args.output.exists() and any(args.output.iterdir()):
         if not args.overwrite:
             parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
-        shutil.rmtree(args.output)
+        for name in ("sampler", "logs"):
+            shutil.rmtree(args.output / name, ignore_errors=True)
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console()
 
@@ -247,7 +254,7 @@ def main() -> None:
         flags = ["--model.seed", str(args.seed), "--trainer.logger", "false"]
         cli = command_line(["-c", args.recipe, *flags], run=False)
         module, datamodule = cli.model, cli.datamodule
-        module.sampler = GGDMSampler.from_pretrained(args.sampler)
+        module.load_sampler(args.sampler)
     else:
         module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import ddss_lightning.module as module_file
-from ddss_lightning import DigitsDataModule, SampleQuality
+from ddss_lightning import DigitsDataModule, SampleQuality, SamplerPictures
 from ddss_lightning.noise import draw_noise, generator_for
 from tests.test_module import make
 
@@ -42,14 +42,14 @@ def main(world_size):
         devices=world_size,
         accelerator="cpu",
         max_steps=1,
-        logger=False,
+        default_root_dir=sys.argv[2],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[quality := SampleQuality(dirpath=sys.argv[2])],
+        callbacks=[quality := SampleQuality(), SamplerPictures()],
     )
-    data = DigitsDataModule(batch_size=8, steps_per_epoch=1 * world_size, num_val_images=25, eval_batch_size=4)
+    data = DigitsDataModule(batch_size=8, steps_per_epoch=1, num_val_images=25, eval_batch_size=4)
     trainer.fit(module, data)
     if trainer.is_global_zero:
         print("RESULT", json.dumps({"initial": quality.initial, "images": quality.num_images, "gradients": gradients}))

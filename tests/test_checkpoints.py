@@ -11,13 +11,13 @@ from ddss_lightning.noise import held_out_noise
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("num_steps", [5, 10, 20])
-def test_shipped_sampler_belongs_to_the_shipped_model_and_beats_its_anchor(denoiser, features, num_steps):
-    folder = ROOT / "checkpoints" / f"digits-ggdm-{num_steps}"
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("digits-ggdm-*")), ids=lambda p: p.name)
+def test_shipped_sampler_belongs_to_the_shipped_model_and_beats_its_anchor(denoiser, features, folder):
+    num_steps = int(folder.name.rpartition("-")[2])
     learned, card = GGDMSampler.from_pretrained(folder), read_card(folder)
     assert card["nfe"] == learned.num_steps == num_steps
     assert card["base_model"]["fingerprint"] == denoiser.fingerprint()
-    assert card["schedule"]["fingerprint"] == denoiser.schedule.fingerprint()
+    assert learned.schedule.matches(denoiser.schedule)
     anchor = GGDMSampler(denoiser.schedule, **{**learned.config, "learn": ()})
     fid = {}
     with torch.no_grad():

@@ -92,6 +92,7 @@ def error_of(capsys, arguments):
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
         (["--loss.kernel=rbf"], "loss.kernel: expected one of ['cubic', 'linear'], got rbf"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
+        (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "not both"),
         (["--pretrained_sampler=no/such/sampler"], "No sampler in 'no/such/sampler'"),
         (["--model.batch_size=1"], "batch_size must be at least 2"),
         (
@@ -114,6 +115,17 @@ def test_a_damaged_model_is_one_clear_line(tmp_path, capsys):
     )
 
 
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "bad.ckpt").write_bytes(b"damaged")
+    assert "ddss: error:" in error_of(capsys, quick("fit", tmp_path, f"--ckpt_path={tmp_path / 'bad.ckpt'}"))
+
+
+def test_nan_in_the_data_is_one_clear_line(tmp_path, capsys, monkeypatch):
+    images = torch.full((20, 1, 8, 8), torch.nan)
+    monkeypatch.setattr("ddss_lightning.data.digits.load_digits_tensors", lambda: (images, None))
+    assert "NaN or infinite" in error_of(capsys, quick("fit", tmp_path))
+
+
 def test_wrong_size_and_empty_folder(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     folder = ["--data=ddss_lightning.ImageFolderDataModule", f"--data.root={tmp_path / 'images'}"]
@@ -122,6 +134,8 @@ def test_wrong_size_and_empty_folder(tmp_path, capsys):
     assert "real images have shape (3, 8, 8)" in error_of(
         capsys, quick("fit", tmp_path, *folder, "--data.image_size=8")
     )
+    grey = [*folder, "--data.image_channels=1", "--data.image_size=9"]
+    assert "real images have shape (1, 9, 9)" in error_of(capsys, quick("fit", tmp_path, *grey))
 
 
 def test_resume_against_another_model(tmp_path, capsys):

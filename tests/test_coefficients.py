@@ -76,6 +76,7 @@ def test_marginals_are_differentiable():
 def test_validation_names_what_is_wrong():
     mu, nu, std, prior = random_numbers(3)
     pred, timesteps = torch.ones(3, 2), torch.tensor([900.0, 500, 100])
+    std[-1] = 0
     good = Coefficients(mu, nu, std, pred, timesteps, prior)
     assert good.validate() is good
     for change, message in [
@@ -83,6 +84,7 @@ def test_validation_names_what_is_wrong():
         ({"nu": nu * torch.nan}, "nu holds numbers that are not finite"),
         ({"mu": torch.ones(3, 3)}, "lower triangular"),
         ({"std": -std}, "at least 0"),
+        ({"std": std + 1}, "The last step makes the image and adds no noise"),
     ]:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(good, **change).validate()

@@ -21,6 +21,8 @@ def run(world_size, folder):
 
 def test_two_processes_are_one_process(tmp_path):
     one, two = run(1, tmp_path / "one"), run(2, tmp_path / "two")
+    assert len(list((tmp_path / "two").rglob("sampler.json"))) == 1
+    assert len(list((tmp_path / "two").rglob("samples.png"))) == 1
     assert one["images"] == two["images"] == 25
     for name, value in one["initial"].items():
         assert abs(two["initial"][name] - value) <= 1e-5 * abs(value), name

@@ -16,7 +16,7 @@ def move(sampler, scale=0.1):
 def test_degrees_of_freedom_are_the_papers_counts(schedule):
     sampler = GGDMSampler(schedule, 7, learn=DEGREES)
     sizes = {name: value.numel() for name, value in sampler.corrections.items()}
-    assert sizes == {"mu": 28, "nu": 7, "std": 6, "pred": 14, "time": 7, "logsnr": 6}
+    assert sizes == {"mu": 28, "nu": 7, "std": 6, "pred": 14, "time": 6, "logsnr": 6}
     assert dict(GGDMSampler(schedule, 7, learn=("std", "mu")).named_parameters()).keys() == {
         "corrections.mu",
         "corrections.std",

@@ -15,7 +15,9 @@ from ddss_lightning import (
     NoiseSchedule,
     SampleQuality,
 )
-from ddss_lightning.data.digits import TensorImages
+from ddss_lightning.data.digits import TensorImages, load_digits_tensors
+from ddss_lightning.ggdm import DEGREES
+from ddss_lightning.noise import generator_for
 from tests.conftest import DDPM, FEATURES
 
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -147,14 +149,61 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
     assert all(value.isfinite().all() for value in module.sampler.parameters())
 
 
-def test_noise_is_a_function_of_seed_step_and_rank(tmp_path):
+def test_noise_is_a_function_of_seed_step_and_rank(tmp_path, monkeypatch):
+    keys = []
+
+    def remember(*key):
+        keys.append(key)
+        return generator_for(*key)
+
+    monkeypatch.setattr("ddss_lightning.module.generator_for", remember)
     results = []
-    for seed in (0, 0, 1):
+    for seed in (7, 7, 1):
         module = make(seed=seed)
         trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
         results.append(module.sampler.corrections["mu"].detach().clone())
+    assert keys[:2] == [("train", 7, 0, 0), ("train", 7, 1, 0)]
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_every_degree_of_freedom_has_a_gradient(tmp_path):
+    module = make(sampler={"learn": DEGREES})
+    seen = {}
+
+    def keep_gradients(_):
+        seen.update({name: value.grad.clone() for name, value in module.sampler.corrections.items()})
+
+    module.on_before_optimizer_step = keep_gradients
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(steps=1))
+    assert all((gradient != 0).all() for gradient in seen.values()), seen
+
+
+def test_accumulated_gradients_are_refused(tmp_path):
+    runner = trainer(tmp_path, 1, enable_checkpointing=False, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1"):
+        runner.fit(make(), data())
+
+
+def test_a_start_that_is_not_finite_is_not_the_best(tmp_path):
+    quality = SampleQuality(dirpath=str(tmp_path / "s"))
+    module = make()
+    module.averaged.corrections["mu"].data[0] = torch.inf
+    with pytest.warns(UserWarning, match="makes images that are not finite"):
+        trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False).fit(module, data())
+    assert quality.best == {}
+    assert not (tmp_path / "s").exists()
+
+
+def test_scores_follow_the_data_module(tmp_path):
+    class Half(DigitsDataModule):
+        def real_images(self):
+            return TensorImages(load_digits_tensors()[0][:900])
+
+    module = make()
+    runner = trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False)
+    scores = [runner.test(module, kind(num_test_images=20), verbose=False)[0] for kind in (DigitsDataModule, Half)]
+    assert scores[0]["test/fid"] != scores[1]["test/fid"]
 
 
 def test_running_average(tmp_path):

@@ -38,10 +38,18 @@ def test_scales_at_extreme_logsnr():
     assert (alpha[3], sigma[3]) == (1, 0)
 
 
-def test_fingerprint_tells_schedules_apart(schedule):
+def test_matches_tells_schedules_apart(schedule):
     other = NoiseSchedule.from_scheduler(DDPMScheduler(1000, beta_schedule="scaled_linear"))
     again = NoiseSchedule.from_scheduler(DDIMScheduler(1000, beta_schedule="linear"))
-    assert schedule.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert schedule.matches(again)
+    assert schedule.matches(NoiseSchedule(schedule.table + 1e-4))
+    assert not schedule.matches(other)
+    assert not schedule.matches(NoiseSchedule(schedule.table[:-1]))
+
+
+def test_a_cast_keeps_the_table(schedule):
+    again = NoiseSchedule(schedule.table).to(torch.bfloat16)
+    assert torch.equal(again.table, schedule.table)
 
 
 def test_bad_schedules():

@@ -80,6 +80,19 @@ def test_rematerialisation_calls_the_network_again(mixture):
         assert len(calls) == expected, remat
 
 
+def test_states_stay_float32_under_autocast(denoiser):
+    sampler, seen = moved_sampler(denoiser.schedule), []
+
+    def network(x, t):
+        seen.append(x.dtype)
+        return denoiser(x, t)
+
+    x_T, noise = torch.randn(4, 1, 8, 8), torch.randn(3, 4, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        image = sampler(network, x_T, noise=noise)
+    assert {*seen, image.dtype} == {torch.float32}
+
+
 def test_stochastic_sampler_draws_from_the_generator(mixture):
     sampler = GGDMSampler(mixture.schedule, 5, anchor="ddim", eta=1.0)
     x_T = torch.randn(3, 1, 2, 2, dtype=torch.float64)

@@ -60,13 +60,14 @@ class SamplerPictures(Callback):
         if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or trainer.state.fn != "fit":
             return
         self._record(trainer.global_step, pl_module)
+        # On all processes: `log_dir` is a broadcast.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         if not trainer.is_global_zero or self._grid is None:
             return
         figures = {
             "mu": mu_figure(pl_module.averaged.coefficients()),
             "times": times_figure(self.steps, self.logsnrs, self.times),
         }
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         save_png(self._grid, folder / "samples.png")
         for name, figure in figures.items():

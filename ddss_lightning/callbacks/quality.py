@@ -68,15 +68,17 @@ class SampleQuality(Callback):
         self._metrics: MetricCollection | None = None
 
     def folder(self, trainer: Trainer) -> Path:
-        """Where the best sampler is written."""
+        """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
         return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "sampler"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse to overwrite a sampler, before any work starts."""
-        if stage != "fit" or self.overwrite or trainer.ckpt_path is not None or not self.dirpath:
+        self._metrics = None
+        folder = self.folder(trainer)
+        if stage != "fit" or self.overwrite or trainer.ckpt_path is not None:
             return
-        if (Path(self.dirpath) / CARD_NAME).exists():
-            raise ValueError(f"'{self.dirpath}' already holds a sampler; give another dirpath or overwrite=True.")
+        if (folder / CARD_NAME).exists():
+            raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
 
     def _begin(self, module: DDSSModule) -> None:
         if self._metrics is None:
@@ -91,7 +93,8 @@ class SampleQuality(Callback):
 
     def _compute(self, trainer: Trainer) -> dict[str, float]:
         assert self._metrics is not None
-        counted = trainer.strategy.reduce(torch.tensor(float(self._num_images)), reduce_op="sum")
+        counted = torch.tensor(float(self._num_images), device=trainer.strategy.root_device)
+        counted = trainer.strategy.reduce(counted, reduce_op="sum")
         self.num_images = int(counted)
         self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
         if not math.isfinite(self.scores[self.monitor]):
@@ -151,7 +154,8 @@ class SampleQuality(Callback):
             pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor)
         if trainer.state.fn == "fit":
             self._select(trainer, pl_module)
-            pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor])
+            if self.best:
+                pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and log."""
@@ -161,8 +165,10 @@ class SampleQuality(Callback):
     # ------------------------------------------------------------------------------------------------ selection
 
     def _select(self, trainer: Trainer, module: DDSSModule) -> None:
-        if self.best and not self.scores[self.monitor] < self.best[self.monitor]:
+        score = self.scores[self.monitor]
+        if not math.isfinite(score) or (self.best and score >= self.best[self.monitor]):
             return
+        folder = self.folder(trainer)
         self.best, self.best_step = dict(self.scores), trainer.global_step
         self.best_sampler = copy.deepcopy(module.averaged.state_dict())
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
@@ -174,7 +180,7 @@ class SampleQuality(Callback):
                 "seed": module.seed,
             }
             base_model = {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
-            module.averaged.save_pretrained(self.folder(trainer), base_model, scores, overwrite=True)
+            module.averaged.save_pretrained(folder, base_model, scores, overwrite=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""

@@ -30,6 +30,7 @@ class ImageWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Make the folder, or refuse one that is in use, before any work starts."""
+        self._grid = []
         if stage != "predict" or not trainer.is_global_zero:
             return
         folder = Path(self.output_dir)

@@ -46,31 +46,29 @@ class DiffusersDenoiser(Denoiser):
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str, **kwargs: str) -> DiffusersDenoiser:
-        """Load the `unet` and `scheduler` of a diffusers pipeline folder, or of a model on the Hugging Face hub.
+        """Load the network and the schedule of a diffusers pipeline folder, or of a model on the Hugging Face hub.
+
+        The pipeline's `unet` and `scheduler` folders are read, or, as in the oldest models of the hub such as
+        `google/ddpm-cifar10-32`, both from the top of the repository.
 
         Args:
-            pretrained_path: a local folder with `model_index.json`, or a hub name `owner/model`.
+            pretrained_path: a local folder, or a hub name `owner/model`.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
-            ValueError: nothing there, a damaged folder, or a pipeline without an unconditional `unet`.
+            ValueError: nothing there, a damaged folder, a network that is not an unconditional `UNet2DModel`, or a
+                scheduler that is not variance preserving.
         """
-        from diffusers import DDPMScheduler, UNet2DModel
-
         folder = Path(pretrained_path)
-        looks_local = folder.exists() or pretrained_path.count("/") != 1 or pretrained_path.startswith((".", "~"))
-        for part in ("unet", "scheduler") if looks_local else ():
-            if not (folder / part).is_dir():
-                raise ValueError(
-                    f"No diffusion model in '{pretrained_path}': '{folder / part}' is missing. Give a folder written "
-                    "by a diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm'."
-                )
+        if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
+            raise ValueError(
+                f"No diffusion model in '{pretrained_path}': there is no such folder. Give a folder written by a "
+                "diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
+            )
         try:
-            # Loading in one go needs no further package (accelerate) and no warning of its absence.
-            unet = UNet2DModel.from_pretrained(pretrained_path, subfolder="unet", low_cpu_mem_usage=False, **kwargs)
-            scheduler = DDPMScheduler.from_pretrained(pretrained_path, subfolder="scheduler", **kwargs)
+            unet, scheduler = _load_parts(pretrained_path, kwargs)
         except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
         schedule = NoiseSchedule.from_scheduler(scheduler)
         return cls(unet, schedule, scheduler.config.prediction_type, name=pretrained_path)
@@ -88,3 +86,25 @@ class DiffusersDenoiser(Denoiser):
             )
         output: Tensor = self.unet(x_t.contiguous(memory_format=torch.channels_last), timestep, return_dict=False)[0]
         return output
+
+
+def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any]:
+    """The network, and the scheduler by the class that its configuration names."""
+    import diffusers
+
+    def config_of(subfolder: str, base: Any) -> tuple[dict[str, Any], dict[str, str]]:  # noqa: ANN401
+        try:
+            return base.load_config(path, subfolder=subfolder, **kwargs), {"subfolder": subfolder, **kwargs}
+        except OSError:
+            return base.load_config(path, **kwargs), dict(kwargs)
+
+    unet_config, where = config_of("unet", diffusers.UNet2DModel)
+    name = unet_config.get("_class_name", "UNet2DModel")
+    if name != "UNet2DModel" or unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"):
+        raise ValueError(f"its network is a {name} with conditions; only an unconditional UNet2DModel is supported.")
+    # Loading in one go needs no further package (accelerate) and no warning of its absence.
+    unet: nn.Module = diffusers.UNet2DModel.from_pretrained(path, low_cpu_mem_usage=False, **where)
+    scheduler_config, where = config_of("scheduler", diffusers.DDPMScheduler)
+    # `GaussianDDPMScheduler` is what the oldest models call DDPMScheduler.
+    scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.DDPMScheduler)
+    return unet, scheduler_class.from_pretrained(path, **where)

@@ -13,7 +13,8 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 def polynomial_kernel(x: Tensor, y: Tensor, kernel: Kernel = "cubic") -> Tensor:
     r"""k(x, y) = (x . y / d + 1)^3 (`cubic`) or x . y / d (`linear`), all pairs: (N, d), (M, d) -> (N, M)."""
-    product = x @ y.T / x.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        product = x @ y.T / x.shape[1]
     return (product + 1) ** 3 if kernel == "cubic" else product
 
 
@@ -100,8 +101,9 @@ class KIDLoss(nn.Module):
         Raises:
             ValueError: no bank and no real features.
         """
+        generated = generated.to(torch.promote_types(generated.dtype, torch.float32))
         if real is not None:
-            return kid(generated / self.scale, real / self.scale, self.kernel)
+            return kid(generated / self.scale, real.to(generated.dtype) / self.scale, self.kernel)
         if not len(self.bank):
             raise ValueError("KIDLoss has no real features: call `fit_real` first, or give `real`.")
         scaled = generated / self.scale

@@ -17,10 +17,11 @@ def test_digits_are_the_1797_images_in_range():
 
 
 def test_epochs_are_whole_permutations_and_repeatable():
-    sampler = EpochSampler(num_images=10, num_samples=25, seed=0)
+    sampler = EpochSampler(Indices(10), samples_per_rank=25, seed=0)
     first = list(sampler)
     assert first == list(sampler)
     assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10))
+    assert list(EpochSampler(Indices(10), 25, 0, world_size=2, rank=1)) != first
     sampler.set_epoch(1)
     assert list(sampler) != first
 
@@ -55,3 +56,5 @@ def test_bad_folders(tmp_path):
         ImageFolderDataModule(str(tmp_path / "none"), image_size=4).setup()
     with pytest.raises(ValueError, match="steps_per_epoch must be at least 1, got 0"):
         DigitsDataModule(steps_per_epoch=0)
+    with pytest.raises(ValueError, match="num_val_images must be at least 2"):
+        DigitsDataModule(num_val_images=1)
