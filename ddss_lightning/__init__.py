@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ddss_lightning.losses import KIDLoss
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
+    from ddss_lightning.scheduler import GGDMScheduler
 
 __version__ = "0.1.0.dev0"
 
@@ -29,6 +30,7 @@ _ROOMS = {
     "losses": ("KIDLoss",),
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
+    "scheduler": ("GGDMScheduler",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -41,6 +43,7 @@ __all__ = [
     "DigitsDataModule",
     "FeatureExtractor",
     "GGDMSampler",
+    "GGDMScheduler",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",

@@ -80,11 +80,12 @@ class DDSSCommandLine(LightningCLI):
 def _one_line(error: Exception) -> str:
     """The message without line breaks; of the parser's nested report on a wrong value only the innermost part."""
     message = " ".join(str(error).split())
-    innermost = re.findall(r'Parser key "([^"]*)": Expected an? (?:typing\.)?(.*?)\. Got value: (\S+)', message)
-    if not innermost:
+    key, _, report = message.rpartition('Parser key "')[2].partition('": ')
+    expected = re.search(r"Expected an? (?:typing\.)?(.*?)(?:\. Got value| - Expected| Given value)", report)
+    value = re.search(r"(?:Got|Given) value: (\S+)", report)
+    if 'Parser key "' not in message or not expected or not value:
         return message
-    key, expected, value = innermost[-1]
-    return f"{key}: expected {expected.replace('Literal', 'one of ')}, got {value}."
+    return f"{key}: expected {expected[1].replace('Literal', 'one of ')}, got {value[1]}."
 
 
 def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommandLine:

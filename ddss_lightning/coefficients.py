@@ -9,14 +9,19 @@ sigma_t, noise added                                           | std[k] (sigma i
 a_t, v_t, marginal scale and variance                          | a[k], marginal std v[k]**0.5
 x0_hat(x_t, eps), "+PRED" when learned                          | pred[k]: x0_hat = pred[k,0] x_k + pred[k,1] output
 time given to the network, "+TIME" when learned                 | timesteps[k]
+(1)                                                            | init_noise_sigma: x_0 = init_noise_sigma * noise
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm_epsilon", "edm_v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Coefficients:
         pred: the pair that turns (x_k, network output) into x0_hat, shape (K, 2).
         timesteps: what the network receives, shape (K,), strictly decreasing in every useful sampler.
         prior: (alpha, sigma) of the first state, shape (2,): the marginal from which Theorem 1 starts.
+        init_noise_sigma: scale of the noise that is the first state, shape (): 1 but for samplers that were imported
+            from schedulers which scale the network's input.
     """
 
     mu: Tensor
@@ -42,6 +49,7 @@ class Coefficients:
     pred: Tensor
     timesteps: Tensor
     prior: Tensor
+    init_noise_sigma: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
 
     @property
     def num_steps(self) -> int:
@@ -62,6 +70,7 @@ class Coefficients:
             "pred": (num_steps, 2),
             "timesteps": (num_steps,),
             "prior": (2,),
+            "init_noise_sigma": (),
         }
         for name, shape in shapes.items():
             value: Tensor = getattr(self, name)
@@ -77,9 +86,29 @@ class Coefficients:
             raise ValueError(f"std must be at least 0, got {self.std.detach()}.")
         return self
 
+    @classmethod
+    def from_lists(cls, numbers: Mapping[str, Any]) -> Coefficients:
+        """Read what `to_lists` wrote, for example from JSON, and validate it.
+
+        Raises:
+            ValueError: a part is missing, unknown or not made of numbers, or it is not a sampler, see `validate`.
+        """
+        names = {each.name for each in fields(cls)}
+        if numbers.keys() - names or (names - {"init_noise_sigma"}) - numbers.keys():
+            raise ValueError(f"The numbers of a sampler are {sorted(names)}, got {sorted(numbers)}.")
+        try:
+            tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The numbers of a sampler must be (nested) lists of numbers: {error}") from error
+        return cls(**tensors).validate()
+
+    def to_lists(self) -> dict[str, Any]:
+        """All numbers as nested lists, exact: for JSON."""
+        return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
+
     def detach(self) -> Coefficients:
         """The same numbers, cut from the graph and copied."""
-        return Coefficients(**{field.name: getattr(self, field.name).detach().clone() for field in fields(self)})
+        return Coefficients(**{each.name: getattr(self, each.name).detach().clone() for each in fields(self)})
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Marginals q(x_k | x_0) = N(a_k x_0, v_k I) of all states, see `marginals`.
@@ -121,3 +150,38 @@ def marginals(mu: Tensor, nu: Tensor, std: Tensor, prior: Tensor) -> tuple[Tenso
         system, torch.cat([drift[:, None], torch.diag(noise)], dim=1), upper=False, unitriangular=True
     )
     return solution[:, 0], torch.linalg.vector_norm(solution[:, 1:], dim=1)
+
+
+def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
+    r"""The pair p with x0_hat = p_0 x + p_1 output, for x = alpha x_0 + sigma eps.
+
+    - `epsilon`: (1, -sigma) / alpha;
+    - `sample`: (0, 1);
+    - `v_prediction`: (alpha, -sigma) / (alpha^2 + sigma^2), from v = alpha eps - sigma x_0 (Salimans and Ho 2022,
+      https://arxiv.org/abs/2202.00512, appendix D);
+    - `flow_prediction`: (1, -sigma) / (alpha + sigma), from v = eps - x_0;
+    - `edm_epsilon`, `edm_v_prediction`: (s alpha, +-s^(1/2) sigma) with s = sigma_data^2 = (1 - sigma^2) / alpha^2,
+      c_skip and c_out of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, table 1) for the scaled input
+      c_in (x_0 + sigma_edm eps), for which alpha = c_in and sigma = c_in sigma_edm.
+
+    Returns:
+        Shape (..., 2) for alpha, sigma of shape (...).
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return torch.stack([torch.ones_like(alpha), -sigma], -1) / alpha[..., None]
+    if prediction_type == "sample":
+        return torch.stack([torch.zeros_like(alpha), torch.ones_like(alpha)], -1)
+    if prediction_type == "v_prediction":
+        return torch.stack([alpha, -sigma], -1) / (alpha.square() + sigma.square())[..., None]
+    if prediction_type == "flow_prediction":
+        return torch.stack([torch.ones_like(alpha), -sigma], -1) / (alpha + sigma)[..., None]
+    if prediction_type in ("edm_epsilon", "edm_v_prediction"):
+        sign = 1 if prediction_type == "edm_epsilon" else -1
+        sigma_data = (1 - sigma.square()).sqrt() / alpha
+        return torch.stack([sigma_data.square() * alpha, sign * sigma_data * sigma], -1)
+    raise ValueError(
+        f"Unknown prediction_type '{prediction_type}'; choose one of {', '.join(get_args(PredictionType))}."
+    )

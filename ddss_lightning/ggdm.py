@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddss_lightning.coefficients import Coefficients, marginals
-from ddss_lightning.schedule import NoiseSchedule, alpha_sigma_of_logsnr
-from ddss_lightning.solvers import Anchor, Stride, anchor_formula, ddim_noise_angles, stride_timesteps
+from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
+from ddss_lightning.coefficients import Coefficients, PredictionType, marginals, prediction_pair
+from ddss_lightning.probing import probe
+from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.solvers import Solver, Stride, stride_timesteps
 from ddss_lightning.unroll import Network, Remat, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
 Parametrization = Literal["anchored", "ggdm"]
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
 DEGREES: tuple[Degree, ...] = get_args(Degree)
 
 CARD_NAME = "sampler.json"
 WEIGHTS_NAME = "sampler.safetensors"
 FORMAT_VERSION = 1
-
-
-def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
-    r"""The pair p with x0_hat = p_0 x + p_1 output, for x = alpha x_0 + sigma eps.
-
-    `epsilon`: (1, -sigma) / alpha. `sample`: (0, 1). `v_prediction` (v = alpha eps - sigma x_0, Salimans & Ho 2022,
-    https://arxiv.org/abs/2202.00512, appendix D): (alpha, -sigma) / (alpha^2 + sigma^2).
-
-    Returns:
-        Shape (K, 2) for alpha, sigma of shape (K,).
-
-    Raises:
-        ValueError: an unknown prediction type.
-    """
-    if prediction_type == "epsilon":
-        return torch.stack([torch.ones_like(alpha), -sigma], 1) / alpha[:, None]
-    if prediction_type == "sample":
-        return torch.stack([torch.zeros_like(alpha), torch.ones_like(alpha)], 1)
-    if prediction_type == "v_prediction":
-        return torch.stack([alpha, -sigma], 1) / (alpha.square() + sigma.square())[:, None]
-    raise ValueError(
-        f"Unknown prediction_type '{prediction_type}'; choose one of {', '.join(get_args(PredictionType))}."
-    )
 
 
 class GGDMSampler(nn.Module):
@@ -78,16 +58,20 @@ class GGDMSampler(nn.Module):
     Args:
         schedule: the noise schedule of the pretrained network.
         num_steps: K, the number of network calls, 1 to `schedule.num_train_timesteps`.
-        anchor: `ddim` or `dpmpp_2m`.
-        eta: noise of the anchor, 0 (deterministic) to 1 (with `ddim`: DDPM).
-        stride: initial placement of the network calls: `linear`, `quadratic` or `logsnr` (see `stride_timesteps`).
+        anchor: `ddim` or `dpmpp_2m`; or a mapping that names a diffusers scheduler by `class_path` and `init_args`
+            (and, if needed, `set_timesteps` and `step`, the further arguments of these methods), which is read by
+            `probe` and whose coefficients stay while corrections move; or `{"coefficients": ...}`, the numbers
+            themselves. See also `from_scheduler` and `from_coefficients`.
+        eta: noise of `ddim` or `dpmpp_2m`, 0 (deterministic) to 1 (with `ddim`: DDPM).
+        stride: initial placement of their network calls: `linear`, `quadratic` or `logsnr` (see `stride_timesteps`).
         timesteps: explicit initial timesteps, strictly decreasing, instead of `stride`.
-        learn: what is learned; everything else stays at the anchor's value.
+        learn: what is learned; everything else stays at the anchor's value. Default: all that exists but `pred`.
         parametrization: `anchored` or `ggdm`.
-        prediction_type: what the network predicts, as in diffusers: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: what the network predicts, see `prediction_pair`.
 
     Raises:
-        ValueError: an argument outside its range, `learn` of something that does not exist.
+        ValueError: an argument outside its range, `learn` of something that does not exist, a scheduler that is not a
+            GGDM.
 
     References:
         Watson et al., ICLR 2022, https://arxiv.org/abs/2202.05830, section 4.
@@ -97,11 +81,11 @@ class GGDMSampler(nn.Module):
         self,
         schedule: NoiseSchedule,
         num_steps: int,
-        anchor: Anchor = "dpmpp_2m",
+        anchor: Solver | dict[str, Any] = "dpmpp_2m",
         eta: float = 0.0,
         stride: Stride = "linear",
         timesteps: Sequence[float] | None = None,
-        learn: Sequence[Degree] = ("logsnr", "time", "mu", "nu", "std"),
+        learn: Sequence[Degree] | None = None,
         parametrization: Parametrization = "anchored",
         prediction_type: PredictionType = "epsilon",
     ) -> None:
@@ -110,39 +94,28 @@ class GGDMSampler(nn.Module):
             raise ValueError(
                 f"Unknown parametrization '{parametrization}'; choose one of {', '.join(get_args(Parametrization))}."
             )
-        known = DEGREES if parametrization == "anchored" else tuple(name for name in DEGREES if name != "logsnr")
-        for name in learn:
+        imported = isinstance(anchor, Mapping)
+        known = [name for name in DEGREES if name != "logsnr" or (parametrization == "anchored" and not imported)]
+        for name in learn or ():
             if name not in known:
                 raise ValueError(
-                    f"learn: '{name}' does not exist in the {parametrization} parametrisation; "
-                    f"choose any of {', '.join(known)}."
+                    f"learn: '{name}' does not exist in the {parametrization} parametrisation"
+                    f"{' of an imported anchor' if imported else ''}; choose any of {', '.join(known)}."
                 )
+        learned = [name for name in known if (name != "pred" if learn is None else name in learn)]
         # A copy: the denoiser's may be cast or moved with the network.
-        self.schedule = schedule = NoiseSchedule(schedule.table)
+        self.schedule = copy.deepcopy(schedule).cpu()
         self.config: dict[str, Any] = {
             "num_steps": num_steps,
             "anchor": anchor,
             "eta": float(eta),
             "stride": stride,
             "timesteps": None if timesteps is None else [float(t) for t in timesteps],
-            "learn": [name for name in DEGREES if name in learn],
+            "learn": learned,
             "parametrization": parametrization,
             "prediction_type": prediction_type,
         }
-        initial = stride_timesteps(schedule, num_steps, stride)
-        if timesteps is not None:
-            initial = torch.tensor(self.config["timesteps"], dtype=torch.float64)
-            last = schedule.num_train_timesteps - 1
-            if len(initial) != num_steps or (initial.diff() >= 0).any() or initial.min() < 0 or initial.max() > last:
-                raise ValueError(
-                    f"timesteps must be {num_steps} strictly decreasing numbers in [0, {last}], got {list(timesteps)}."
-                )
-        self.logsnrs_0: Tensor
-        self.angles_0: Tensor
-        self.register_buffer("logsnrs_0", schedule.logsnr(initial), persistent=False)
-        self.register_buffer("angles_0", ddim_noise_angles(self.logsnrs_0, eta), persistent=False)
-        anchor_formula(anchor, self.logsnrs_0, self.angles_0)
-        prediction_pair(prediction_type, *alpha_sigma_of_logsnr(self.logsnrs_0))
+        self.anchor = self._import_anchor(anchor) if isinstance(anchor, Mapping) else self._formula_anchor(anchor)
         shapes: dict[Degree, tuple[int, ...]] = {
             "mu": (num_steps * (num_steps + 1) // 2,),
             "nu": (num_steps,),
@@ -152,7 +125,104 @@ class GGDMSampler(nn.Module):
             "logsnr": (num_steps - 1,),
         }
         self.corrections = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(shapes[name], dtype=torch.float64)) for name in self.config["learn"]}
+            {name: nn.Parameter(torch.zeros(shapes[name], dtype=torch.float64)) for name in learned}
+        )
+
+    def _formula_anchor(self, solver: Solver) -> FormulaAnchor:
+        config, grid = self.config, self.schedule.grid
+        if config["timesteps"] is None:
+            initial = stride_timesteps(self.schedule, config["num_steps"], config["stride"])
+        else:
+            initial = torch.tensor(config["timesteps"], dtype=torch.float64)
+            outside = (initial < grid[0]).any() or (initial > grid[-1]).any()
+            if len(initial) != config["num_steps"] or (initial.diff() >= 0).any() or outside:
+                raise ValueError(
+                    f"timesteps must be {config['num_steps']} strictly decreasing numbers in "
+                    f"[{float(grid[0]):g}, {float(grid[-1]):g}], got {config['timesteps']}."
+                )
+        return FormulaAnchor(solver, self.schedule, initial, config["eta"], config["prediction_type"])
+
+    def _import_anchor(self, anchor: Mapping[str, Any]) -> ImportedAnchor:
+        config = self.config
+        if config["eta"] or config["timesteps"] is not None or config["stride"] != "linear":
+            raise ValueError(
+                "eta, stride and timesteps belong to the anchors 'ddim' and 'dpmpp_2m'; the options of a diffusers "
+                "scheduler go to the anchor's init_args, set_timesteps and step."
+            )
+        coefficients = import_anchor(anchor, self.schedule, config["num_steps"], config["prediction_type"])
+        config["anchor"] = {**anchor, "coefficients": coefficients.to_lists()}
+        return ImportedAnchor(coefficients, self.schedule)
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,  # noqa: ANN401 - diffusers has no common base for schedulers that can sample
+        num_steps: int,
+        learn: Sequence[Degree] | None = None,
+        parametrization: Parametrization = "anchored",
+        set_timesteps: Mapping[str, Any] | None = None,
+        step: Mapping[str, Any] | None = None,
+    ) -> GGDMSampler:
+        """The sampler that a diffusers scheduler is, exactly, as a start for learning. It is not changed.
+
+        Args:
+            scheduler: an instance of any explicit, linear scheduler, with any of its linear options.
+            num_steps: what its `set_timesteps` gets. `num_steps` of the result is the number of network calls, which
+                can be larger: 2 n - 1 for Heun's method.
+            learn: as in the constructor.
+            parametrization: as in the constructor.
+            set_timesteps: further arguments of `set_timesteps`, such as `sigmas` or `timesteps`.
+            step: further arguments of `step`, such as `eta`.
+
+        Raises:
+            ValueError: a scheduler that is not a GGDM, see `probe`.
+        """
+        coefficients = probe(scheduler, num_steps, set_timesteps, step)
+        anchor: dict[str, Any] = {
+            "class_path": f"{type(scheduler).__module__.split('.')[0]}.{type(scheduler).__name__}",
+            "init_args": _plain({k: v for k, v in scheduler.config.items() if not k.startswith("_")}),
+        }
+        options = {"set_timesteps": set_timesteps, "step": step}
+        anchor |= {name: _plain(dict(value)) for name, value in options.items() if value}
+        return cls.from_coefficients(
+            NoiseSchedule.from_scheduler(scheduler),
+            coefficients,
+            learn,
+            parametrization,
+            cast(PredictionType, scheduler_prediction_type(scheduler)),
+            anchor,
+        )
+
+    @classmethod
+    def from_coefficients(
+        cls,
+        schedule: NoiseSchedule,
+        coefficients: Coefficients,
+        learn: Sequence[Degree] | None = None,
+        parametrization: Parametrization = "anchored",
+        prediction_type: PredictionType = "epsilon",
+        source: Mapping[str, Any] | None = None,
+    ) -> GGDMSampler:
+        """The sampler with these numbers, as a start for learning.
+
+        Args:
+            schedule: the noise schedule of the pretrained network.
+            coefficients: of K steps.
+            learn: as in the constructor.
+            parametrization: as in the constructor.
+            prediction_type: what the network predicts.
+            source: where the numbers came from: JSON data for the card.
+
+        Raises:
+            ValueError: numbers that are no sampler, see `Coefficients.validate`.
+        """
+        return cls(
+            schedule,
+            coefficients.num_steps,
+            anchor={**(source or {}), "coefficients": coefficients.to_lists()},
+            learn=learn,
+            parametrization=parametrization,
+            prediction_type=prediction_type,
         )
 
     @property
@@ -160,40 +230,36 @@ class GGDMSampler(nn.Module):
         """K, the number of network calls."""
         return int(self.config["num_steps"])
 
-    def _correction(self, name: Degree) -> Tensor | float:
-        return self.corrections[name] if name in self.corrections else 0.0  # noqa: SIM401 - ParameterDict.get is untyped
+    def _correction(self, name: Degree) -> Tensor:
+        # A zero without dimensions stands for what is not learned.
+        return self.corrections[name] if name in self.corrections else torch.zeros((), dtype=torch.float64)
 
     def logsnrs(self) -> Tensor:
-        """Half log-SNRs of the states at which the anchor's formula is taken, shape (K,), increasing."""
-        gaps = self.logsnrs_0.diff() * torch.as_tensor(self._correction("logsnr")).exp()
-        return torch.cat([self.logsnrs_0[:1], self.logsnrs_0[:1] + gaps.cumsum(0)])
+        """Half log-SNRs of the states, shape (K,), increasing but for the stages of Runge-Kutta steps."""
+        return self.anchor.logsnrs(self._correction("logsnr"))
 
     def timesteps(self) -> Tensor:
-        """Times shown to the network, shape (K,), real-valued, not increasing."""
-        logsnrs = self.logsnrs()
-        later = logsnrs[1:] + self._correction("time")
-        return self.schedule.timestep(torch.cat([logsnrs[:1], later]).cummax(0).values)
+        """Times shown to the network, shape (K,), real-valued."""
+        return self.anchor.timesteps(self._correction("logsnr"), self._correction("time"))
 
     def coefficients(self) -> Coefficients:
         """The sampler's numbers, float64, differentiable with respect to everything that is learned."""
         anchored = self.config["parametrization"] == "anchored"
-        logsnrs = self.logsnrs()
-        alpha, sigma = alpha_sigma_of_logsnr(logsnrs)
-        angles = self.angles_0 + (self._correction("std") if anchored else 0.0)
-        mu, nu, std = anchor_formula(self.config["anchor"], logsnrs, angles)
+        angles = self._correction("std") if anchored else torch.zeros((), dtype=torch.float64)
+        start = self.anchor.coefficients(self._correction("logsnr"), angles)
+        mu, std, pred = start.mu, start.std, start.pred
         if "mu" in self.corrections:
             rows, columns = torch.tril_indices(self.num_steps, self.num_steps, device=mu.device)
             mu = mu.index_put((rows, columns), self.corrections["mu"], accumulate=True)
-        nu = nu + self._correction("nu")
+        nu = start.nu + self._correction("nu")
         if not anchored and "std" in self.corrections:
             free = std[:-1] + self.corrections["std"]
             std = torch.nn.functional.pad(torch.where(free >= 0, free, -free), (0, 1))
-        prior = torch.stack([alpha[0], sigma[0]])
         if not anchored and "pred" not in self.corrections:
-            a, marginal_std = marginals(mu, nu, std, prior)
-            alpha, sigma = a[:-1], marginal_std[:-1]
-        pred = prediction_pair(self.config["prediction_type"], alpha, sigma) + self._correction("pred")
-        return Coefficients(mu=mu, nu=nu, std=std, pred=pred, timesteps=self.timesteps(), prior=prior)
+            a, marginal_std = marginals(mu, nu, std, start.prior)
+            pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1])
+        pred = pred + self._correction("pred")
+        return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred, timesteps=self.timesteps())
 
     def forward(
         self,
@@ -226,9 +292,9 @@ class GGDMSampler(nn.Module):
             )
         coefficients = self.coefficients()
         if noise is None and (coefficients.std.detach() != 0).any():
-            device = x_T.device if generator is None else generator.device
-            shape = (self.num_steps - 1, *x_T.shape)
-            noise = torch.randn(shape, generator=generator, dtype=x_T.dtype, device=device).to(x_T.device)
+            # One draw a step, as diffusers' pipelines do: the same generator gives the same images there.
+            draws = [randn_like(x_T, generator) for _ in range(self.num_steps - 1)]
+            noise = torch.stack(draws) if draws else None
         return unroll(denoiser, coefficients, x_T, noise, remat)
 
     def save_pretrained(
@@ -258,13 +324,17 @@ class GGDMSampler(nn.Module):
         coefficients = self.coefficients().detach().validate()
         tensors = {f"learned.{name}": value.detach().contiguous() for name, value in self.corrections.items()}
         tensors |= {f"coefficients.{name}": value.contiguous() for name, value in vars(coefficients).items()}
-        tensors["schedule.logsnrs"] = self.schedule.table
+        tensors |= {"schedule.logsnrs": self.schedule.table, "schedule.timesteps": self.schedule.grid}
         card = {
             "_class_name": type(self).__name__,
             "format_version": FORMAT_VERSION,
             "nfe": self.num_steps,
             "base_model": dict(base_model or {}),
-            "schedule": {"num_train_timesteps": self.schedule.num_train_timesteps},
+            "schedule": {
+                "num_train_timesteps": self.schedule.num_train_timesteps,
+                "scaling": self.schedule.scaling,
+                "sigma_data": self.schedule.sigma_data,
+            },
             "config": self.config,
             "num_learned": sum(value.numel() for value in self.corrections.values()),
             "timesteps": coefficients.timesteps.tolist(),
@@ -292,12 +362,29 @@ class GGDMSampler(nn.Module):
         card = read_card(folder)
         try:
             tensors = load_file(folder / WEIGHTS_NAME)
-            sampler = cls(NoiseSchedule(tensors["schedule.logsnrs"]), **card["config"])
+            kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
+            schedule = NoiseSchedule(tensors["schedule.logsnrs"], tensors.get("schedule.timesteps"), **kind)
+            sampler = cls(schedule, **card["config"])
             learned = {name: value for name, value in tensors.items() if name.startswith("learned.")}
             sampler.load_state_dict({f"corrections.{name.removeprefix('learned.')}": v for name, v in learned.items()})
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error
         return sampler
+
+
+def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of the shape of x, drawn on the generator's device."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """The same as lists, numbers and strings, for JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

@@ -6,103 +6,163 @@ lambda_t = log(alpha_t / sigma_t), strictly decreasing in t.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+Scaling = Literal["vp", "flow"]
+
 
 class NoiseSchedule(nn.Module):
-    r"""A variance preserving schedule with real-valued, differentiable time.
+    r"""A noise schedule with real-valued, differentiable time.
 
-    The half log-SNRs of the `num_train_timesteps` trained timesteps 0, 1, ... are interpolated linearly in t, so that
-    both t -> lambda and lambda -> t are differentiable almost everywhere and exact at the trained timesteps.
-    All numbers are float64.
+    The half log-SNRs of the trained timesteps are interpolated linearly in t, so that both t -> lambda and
+    lambda -> t are differentiable almost everywhere and exact at the trained timesteps. All numbers are float64.
 
     Args:
-        logsnrs: lambda_0, lambda_1, ..., shape (num_train_timesteps,), finite and strictly decreasing.
+        logsnrs: lambda at the trained timesteps, shape (T,), finite and strictly decreasing.
+        timesteps: the trained timesteps, shape (T,), strictly increasing; default 0, 1, ..., T - 1.
+        scaling: how alpha and sigma follow from lambda: `vp`, sigma_data^2 alpha^2 + sigma^2 = 1; `flow`,
+            alpha + sigma = 1.
+        sigma_data: standard deviation of the data for which `vp` preserves the variance. EDM models scale their input
+            in this way (c_in of Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1); elsewhere it is 1.
 
     Raises:
-        ValueError: fewer than two values, values that are not finite, or not strictly decreasing.
+        ValueError: fewer than two values, a wrong shape, values that are not finite or not monotone, an unknown
+            scaling.
     """
 
     table: Tensor
+    grid: Tensor
 
-    def __init__(self, logsnrs: Tensor) -> None:
+    def __init__(
+        self, logsnrs: Tensor, timesteps: Tensor | None = None, scaling: Scaling = "vp", sigma_data: float = 1.0
+    ) -> None:
         super().__init__()
         logsnrs = logsnrs.detach().double().cpu()
         if logsnrs.ndim != 1 or len(logsnrs) < 2:
             raise ValueError(f"logsnrs must have shape (T,) with T >= 2, got {tuple(logsnrs.shape)}.")
         if not logsnrs.isfinite().all():
-            raise ValueError(
-                "The half log-SNRs must be finite. A schedule that ends with zero terminal SNR (alphas_cumprod = 0) "
-                "has none there; use a scheduler without `rescale_betas_zero_snr`."
-            )
+            raise ValueError("The half log-SNRs must be finite: 0 < alpha and 0 < sigma at every timestep.")
         if not (logsnrs.diff() < 0).all():
             raise ValueError("The half log-SNRs must decrease strictly with the timestep: noise grows with t.")
+        grid = torch.arange(len(logsnrs)) if timesteps is None else timesteps.detach().cpu()
+        grid = grid.double()
+        if grid.shape != logsnrs.shape or not grid.isfinite().all() or not (grid.diff() > 0).all():
+            raise ValueError(f"timesteps must be {len(logsnrs)} finite, strictly increasing numbers, got {grid}.")
+        if scaling not in get_args(Scaling):
+            raise ValueError(f"Unknown scaling '{scaling}'; choose one of {', '.join(get_args(Scaling))}.")
+        if not (math.isfinite(sigma_data) and sigma_data > 0):
+            raise ValueError(f"sigma_data must be a positive number, got {sigma_data}.")
+        self.scaling, self.sigma_data = scaling, float(sigma_data)
         self.register_buffer("table", logsnrs, persistent=False)
+        self.register_buffer("grid", grid, persistent=False)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers has no common base for this
-        r"""Read the schedule of any diffusers scheduler that has `alphas_cumprod`.
+        r"""Read the schedule of a diffusers scheduler.
 
-        lambda_t = (log abar_t - log(1 - abar_t)) / 2 with abar = `alphas_cumprod`.
+        - flow matching (`shift` without betas, `use_flow_sigmas`, or `flow_prediction`): t / num_train_timesteps =
+          sigma = 1 - alpha;
+        - `alphas_cumprod` (DDPM and everything made for such models): alpha^2 = `alphas_cumprod`; a last one of 0
+          (zero terminal SNR; some schedulers put 2^-24 there) is extrapolated from the two before it;
+        - EDM (`sigma_data`): t = log(sigma_edm) / 4 between `sigma_min` and `sigma_max`.
 
         Raises:
-            ValueError: the scheduler has no `alphas_cumprod`, or they are not strictly between 0 and 1.
+            ValueError: none of these, or `alphas_cumprod` that do not decrease between 1 and 0.
         """
+        config = dict(getattr(scheduler, "config", {}))
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        if not isinstance(alphas_cumprod, Tensor):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no `alphas_cumprod`; give a variance preserving scheduler such as "
-                "diffusers' DDPMScheduler or DDIMScheduler."
-            )
-        alphas_cumprod = alphas_cumprod.double()
-        return cls((alphas_cumprod.log() - torch.log1p(-alphas_cumprod)) / 2)
+        is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if is_flow or (alphas_cumprod is None and "shift" in config and "num_train_timesteps" in config):
+            return cls._flow(int(config["num_train_timesteps"]))
+        if isinstance(alphas_cumprod, Tensor):
+            alphas_cumprod = alphas_cumprod.double()
+            logsnrs = (alphas_cumprod.log() - torch.log1p(-alphas_cumprod)) / 2
+            if len(logsnrs) > 2 and (alphas_cumprod[-1] == 0 or config.get("rescale_betas_zero_snr")):
+                logsnrs[-1] = 2 * logsnrs[-2] - logsnrs[-3]
+            return cls(logsnrs)
+        if {"sigma_data", "sigma_min", "sigma_max"} <= config.keys():
+            ends = math.log(config["sigma_min"]), math.log(config["sigma_max"])
+            log_sigmas = torch.linspace(*ends, 1000, dtype=torch.float64)
+            return cls(-log_sigmas, log_sigmas / 4, sigma_data=config["sigma_data"])
+        raise ValueError(
+            f"{type(scheduler).__name__} has no `alphas_cumprod` and is neither a flow matching nor an EDM scheduler; "
+            "give one such as diffusers' DDIMScheduler, FlowMatchEulerDiscreteScheduler or EDMEulerScheduler."
+        )
+
+    @classmethod
+    def _flow(cls, num_train_timesteps: int) -> NoiseSchedule:
+        timesteps = torch.arange(num_train_timesteps + 1, dtype=torch.float64)
+        # At the ends the log-SNR is infinite: pure noise and the clean image.
+        sigma = (timesteps / num_train_timesteps).clamp(1e-6, 1 - 1e-6)
+        return cls(torch.log1p(-sigma) - sigma.log(), timesteps, scaling="flow")
 
     @property
     def num_train_timesteps(self) -> int:
-        """Number of timesteps that the network was trained with."""
+        """Number of timesteps in the table; for DDPM models, that of the timesteps the network was trained with."""
         return len(self.table)
 
     def logsnr(self, timestep: Tensor) -> Tensor:
-        """Half log-SNR lambda_t at real-valued t in [0, num_train_timesteps - 1]; constant outside."""
-        timestep = timestep.double().clamp(0, self.num_train_timesteps - 1)
-        left = timestep.detach().floor().long().clamp(max=self.num_train_timesteps - 2)
-        return torch.lerp(self.table[left], self.table[left + 1], timestep - left)
+        """Half log-SNR lambda_t at real-valued t between the first and the last timestep; constant outside."""
+        timestep = timestep.double().clamp(float(self.grid[0]), float(self.grid[-1]))
+        left = torch.searchsorted(self.grid, timestep.detach().contiguous(), right=True) - 1
+        left = left.clamp(0, self.num_train_timesteps - 2)
+        fraction = (timestep - self.grid[left]) / (self.grid[left + 1] - self.grid[left])
+        return torch.lerp(self.table[left], self.table[left + 1], fraction)
 
     def timestep(self, logsnr: Tensor) -> Tensor:
-        """The real-valued t in [0, num_train_timesteps - 1] with lambda_t = `logsnr`; constant outside the range."""
+        """The real-valued t with lambda_t = `logsnr`; constant outside the range of the table."""
         logsnr = logsnr.double().clamp(float(self.table[-1]), float(self.table[0]))
         left = torch.searchsorted(-self.table, -logsnr.detach().contiguous(), right=True) - 1
         left = left.clamp(0, self.num_train_timesteps - 2)
         low, high = self.table[left], self.table[left + 1]
-        return left + (logsnr - low) / (high - low)
+        return self.grid[left] + (logsnr - low) / (high - low) * (self.grid[left + 1] - self.grid[left])
+
+    def scales(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Marginal scales (alpha, sigma) at half log-SNR lambda, any shape. lambda = infinity is the clean image.
+
+        `vp`: alpha = sqrt(sigmoid(2 lambda')) / sigma_data, sigma = sqrt(sigmoid(-2 lambda')) with
+        lambda' = lambda + log sigma_data. `flow`: alpha = sigmoid(lambda), sigma = sigmoid(-lambda).
+        """
+        if self.scaling == "flow":
+            return torch.sigmoid(logsnr.double()), torch.sigmoid(-logsnr.double())
+        shifted = 2 * (logsnr.double() + math.log(self.sigma_data))
+        return torch.sigmoid(shifted).sqrt() / self.sigma_data, torch.exp(-torch.nn.functional.softplus(shifted) / 2)
 
     def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Marginal scales (alpha_t, sigma_t) at real-valued t."""
-        return alpha_sigma_of_logsnr(self.logsnr(timestep))
+        return self.scales(self.logsnr(timestep))
 
     def matches(self, other: NoiseSchedule) -> bool:
-        """Whether both are the same schedule: equal lengths, half log-SNRs equal to 0.01.
+        """Whether both are the same schedule: equal timesteps and scaling, half log-SNRs equal to 0.01.
 
         Not to the last bit: diffusers computes `alphas_cumprod` in float32, differently on different processors.
         """
-        return self.table.shape == other.table.shape and torch.allclose(self.table.cpu(), other.table.cpu(), 0, 1e-2)
+        return (
+            (self.scaling, self.sigma_data) == (other.scaling, other.sigma_data)
+            and self.table.shape == other.table.shape
+            and torch.allclose(self.grid.cpu(), other.grid.cpu())
+            and torch.allclose(self.table.cpu(), other.table.cpu(), 0, 1e-2)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
         """Follow a module to another device, but stay float64 when it is cast."""
-        exact = self.table
+        exact = self.table, self.grid
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.table = exact.to(self.table.device)
+        self.table, self.grid = (value.to(self.table.device) for value in exact)
         return self
 
 
-def alpha_sigma_of_logsnr(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Variance preserving scales alpha = sqrt(sigmoid(2 lambda)), sigma = sqrt(sigmoid(-2 lambda)), any shape.
-
-    lambda = infinity is the clean image: (1, 0).
-    """
-    logsnr = logsnr.double()
-    return torch.sigmoid(2 * logsnr).sqrt(), torch.exp(-torch.nn.functional.softplus(2 * logsnr) / 2)
+def scheduler_prediction_type(scheduler: Any) -> str:  # noqa: ANN401 - diffusers has no common base
+    """What a network must predict for a diffusers scheduler, in the words of `prediction_pair`."""
+    config = scheduler.config
+    predicts = config.get("prediction_type")
+    if predicts is None and "shift" in config:
+        return "flow_prediction"
+    if predicts is not None and "sigma_data" in config and not hasattr(scheduler, "alphas_cumprod"):
+        return f"edm_{predicts}"
+    return predicts or "epsilon"

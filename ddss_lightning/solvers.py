@@ -14,25 +14,26 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddss_lightning.schedule import NoiseSchedule, alpha_sigma_of_logsnr
+from ddss_lightning.schedule import NoiseSchedule
 
-Anchor = Literal["ddim", "dpmpp_2m"]
+Solver = Literal["ddim", "dpmpp_2m"]
 Stride = Literal["linear", "quadratic", "logsnr"]
-ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 STRIDES: tuple[Stride, ...] = get_args(Stride)
 
 
 def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) -> Tensor:
     r"""Real-valued timesteps t_0 > ... > t_{K-1} of the K network calls, starting at the last trained timestep.
 
-    With T the last trained timestep and u = k / K: `linear` is T (1 - u), `quadratic` is T (1 - u)^2 (more calls at
-    low noise), `logsnr` spaces the half log-SNR uniformly from t = T to t = 0, both included.
+    With T the last trained timestep, 0 the first and u = k / K: `linear` is T (1 - u), `quadratic` is T (1 - u)^2
+    (more calls at low noise), `logsnr` spaces the half log-SNR uniformly from t = T to t = 0, both included.
 
     Returns:
         Shape (K,), float64.
 
     Raises:
-        ValueError: an unknown stride, or `num_steps` outside 1 ... num_train_timesteps.
+        ValueError: an unknown stride, one that the schedule's timesteps do not allow, or `num_steps` outside
+            1 ... num_train_timesteps.
     """
     if stride not in STRIDES:
         raise ValueError(f"Unknown stride '{stride}'; choose one of {', '.join(STRIDES)}.")
@@ -44,14 +45,23 @@ def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) ->
     if stride == "logsnr":
         ends = schedule.table[-1], schedule.table[0]
         return schedule.timestep(torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64))
+    if schedule.grid[0] != 0:
+        raise ValueError(
+            f"The stride '{stride}' is for timesteps from 0 on, these begin at {float(schedule.grid[0]):.4g}; "
+            "use stride='logsnr' or give timesteps."
+        )
     remaining = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
-    return (schedule.num_train_timesteps - 1) * remaining ** (1 if stride == "linear" else 2)
+    return schedule.grid[-1].cpu() * remaining ** (1 if stride == "linear" else 2)
 
 
 def ddim_noise_angles(logsnrs: Tensor, eta: float) -> Tensor:
     r"""Angles theta_k with sin(theta_k) = std_k / sigma_{k+1} of DDIM(eta); eta = 1 is DDPM.
 
-    .. math:: std_k = \eta \frac{\sigma_{k+1}}{\sigma_k} \sqrt{1 - \frac{\alpha_k^2}{\alpha_{k+1}^2}}
+    .. math::
+        std_k = \eta \frac{\sigma_{k+1}}{\sigma_k} \sqrt{1 - \frac{\alpha_k^2}{\alpha_{k+1}^2}}
+        = \eta \sigma_{k+1} \sqrt{1 - e^{2 (\lambda_k - \lambda_{k+1})}}
+
+    The second form is the same for a variance preserving schedule, and serves every other.
 
     Args:
         logsnrs: lambda_k, shape (K,).
@@ -65,11 +75,12 @@ def ddim_noise_angles(logsnrs: Tensor, eta: float) -> Tensor:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 (DDIM) and 1 (DDPM), got {eta}.")
-    alpha, sigma = alpha_sigma_of_logsnr(logsnrs)
-    return torch.asin(eta / sigma[:-1] * (1 - (alpha[:-1] / alpha[1:]).square()).sqrt())
+    return torch.asin(eta * (-torch.expm1(-2 * logsnrs.diff())).sqrt())
 
 
-def anchor_formula(anchor: Anchor, logsnrs: Tensor, noise_angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def anchor_formula(
+    solver: Solver, schedule: NoiseSchedule, logsnrs: Tensor, noise_angles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Coefficients of a known solver at given log-SNRs, with noise of a given fraction in every step but the last.
 
     A noise angle theta_k splits the next marginal: std_k = sigma_{k+1} |sin theta_k| is added, and the solver's
@@ -85,7 +96,8 @@ def anchor_formula(anchor: Anchor, logsnrs: Tensor, noise_angles: Tensor) -> tup
     https://arxiv.org/abs/2211.01095, algorithm 2), first order in the first and the last step.
 
     Args:
-        anchor: `ddim` or `dpmpp_2m`.
+        solver: `ddim` or `dpmpp_2m`.
+        schedule: gives alpha and sigma at a half log-SNR.
         logsnrs: lambda_k of the network calls, shape (K,), increasing, float64.
         noise_angles: theta_k in radians, shape (K - 1,).
 
@@ -93,11 +105,14 @@ def anchor_formula(anchor: Anchor, logsnrs: Tensor, noise_angles: Tensor) -> tup
         mu, shape (K, K); nu, shape (K,); std, shape (K,). Differentiable in both tensors.
 
     Raises:
-        ValueError: an unknown anchor.
+        ValueError: an unknown solver.
     """
-    if anchor not in ANCHORS:
-        raise ValueError(f"Unknown anchor '{anchor}'; choose one of {', '.join(ANCHORS)}.")
-    alpha, sigma = alpha_sigma_of_logsnr(logsnrs)
+    if solver not in SOLVERS:
+        raise ValueError(
+            f"Unknown anchor '{solver}'; choose one of {', '.join(SOLVERS)}, or name a diffusers scheduler by "
+            "class_path."
+        )
+    alpha, sigma = schedule.scales(logsnrs)
     alpha_next, sigma_next = torch.cat([alpha[1:], alpha.new_ones(1)]), torch.cat([sigma[1:], sigma.new_zeros(1)])
     angles = torch.nn.functional.pad(noise_angles, (0, 1))
     # |theta| whose derivative at 0 is 1, not 0: noise that starts at exactly zero can still be learned.
@@ -105,7 +120,7 @@ def anchor_formula(anchor: Anchor, logsnrs: Tensor, noise_angles: Tensor) -> tup
     state_weight = sigma_next * angles.cos() / sigma
     data_weight = alpha_next - alpha * state_weight
     predictions = torch.diag(data_weight)
-    if anchor == "dpmpp_2m" and len(logsnrs) > 2:
+    if solver == "dpmpp_2m" and len(logsnrs) > 2:
         steps = logsnrs.diff()
         extrapolation = torch.nn.functional.pad(steps[1:] / (2 * steps[:-1]), (1, 1))
         predictions = torch.diag(data_weight * (1 + extrapolation))

@@ -28,7 +28,7 @@ def unroll(
     Args:
         network: (x_k, timestep) -> output, shapes (N, C, H, W), (N,) -> (N, C, H, W).
         coefficients: of K steps.
-        x_T: first state, shape (N, C, H, W).
+        x_T: standard normal, shape (N, C, H, W); the first state is `init_noise_sigma` times it.
         noise: z_0, ..., z_{K-2}, shape (K - 1, N, C, H, W), or None where no noise is added.
         remat: `none` keeps all activations; `denoiser` keeps only the input of each network call and computes the
             call again in the backward pass.
@@ -52,7 +52,7 @@ def unroll(
     state_weights = (coefficients.mu + torch.diag(coefficients.nu * coefficients.pred[:, 0])).to(x_T)
     std = coefficients.std.to(x_T)
     timesteps = coefficients.timesteps.to(device=x_T.device, dtype=torch.promote_types(torch.float32, x_T.dtype))
-    states = [x_T]
+    states = [coefficients.init_noise_sigma.to(x_T) * x_T]
     for k in range(num_steps):
         timestep = timesteps[k].expand(len(x_T))
         if remat == "denoiser":

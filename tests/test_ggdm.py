@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from ddss_lightning.ggdm import DEGREES, GGDMSampler, prediction_pair, read_card
+from ddss_lightning.coefficients import prediction_pair
+from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
 
 
 def move(sampler, scale=0.1):

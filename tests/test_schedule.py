@@ -2,9 +2,17 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
+)
 
-from ddss_lightning.schedule import NoiseSchedule, alpha_sigma_of_logsnr
+from ddss_lightning.schedule import NoiseSchedule
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -30,8 +38,8 @@ def test_gradients_in_both_directions_are_finite_differences(schedule):
     assert torch.autograd.gradcheck(schedule.timestep, logsnr)
 
 
-def test_scales_at_extreme_logsnr():
-    alpha, sigma = alpha_sigma_of_logsnr(torch.tensor([-20.0, 0.0, 20.0, torch.inf]))
+def test_scales_at_extreme_logsnr(schedule):
+    alpha, sigma = schedule.scales(torch.tensor([-20.0, 0.0, 20.0, torch.inf]))
     small = math.exp(-20)
     torch.testing.assert_close(alpha[:3].log(), torch.tensor([-20, math.log(0.5) / 2, -(small**2) / 2]).double())
     assert sigma[2].item() == pytest.approx(small, rel=1e-12)
@@ -52,12 +60,46 @@ def test_a_cast_keeps_the_table(schedule):
     assert torch.equal(again.table, schedule.table)
 
 
+def test_flow_matching_is_alpha_plus_sigma_equal_to_1():
+    flow = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    assert flow.grid[[0, -1]].tolist() == [0, 1000]
+    t = torch.tensor([1.0, 250.0, 999.0], dtype=torch.float64)
+    alpha, sigma = flow.alpha_sigma(t)
+    torch.testing.assert_close(sigma, t / 1000)
+    torch.testing.assert_close(alpha, 1 - t / 1000)
+    torch.testing.assert_close(flow.timestep(flow.logsnr(t + 0.3)), t + 0.3)
+    assert flow.matches(NoiseSchedule.from_scheduler(DPMSolverMultistepScheduler(use_flow_sigmas=True)))
+    vp = NoiseSchedule(flow.table, flow.grid)
+    assert not flow.matches(vp)
+
+
+def test_edm_is_the_scaled_input_of_karras():
+    """t = log(sigma) / 4, alpha = c_in = 1 / sqrt(sigma^2 + sigma_data^2), sigma = c_in sigma_edm."""
+    edm = NoiseSchedule.from_scheduler(EDMEulerScheduler(sigma_data=0.5))
+    sigma_edm = torch.tensor([0.002, 0.3, 80.0], dtype=torch.float64)
+    alpha, sigma = edm.alpha_sigma(sigma_edm.log() / 4)
+    torch.testing.assert_close(alpha, (sigma_edm**2 + 0.25) ** -0.5)
+    torch.testing.assert_close(sigma, sigma_edm * alpha)
+
+
+def test_zero_terminal_snr_is_extrapolated():
+    ddim = NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+    assert ddim.table[-2] - ddim.table[-1] == pytest.approx(float(ddim.table[-3] - ddim.table[-2]))
+    assert ddim.matches(NoiseSchedule.from_scheduler(EulerDiscreteScheduler(rescale_betas_zero_snr=True)))
+
+
 def test_bad_schedules():
-    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler has no `alphas_cumprod`"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match=r"KarrasVeScheduler has no `alphas_cumprod` and is neither a flow matching"):
+        NoiseSchedule.from_scheduler(KarrasVeScheduler())
     with pytest.raises(ValueError, match="decrease strictly"):
         NoiseSchedule(torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r"shape \(T,\)"):
         NoiseSchedule(torch.zeros(1))
+    with pytest.raises(ValueError, match="must be finite"):
+        NoiseSchedule(torch.tensor([0.0, -torch.inf]))
+    with pytest.raises(ValueError, match="timesteps must be 2 finite, strictly increasing"):
+        NoiseSchedule(torch.tensor([1.0, 0.0]), timesteps=torch.tensor([1.0, 1.0]))
+    with pytest.raises(ValueError, match="Unknown scaling 've'"):
+        NoiseSchedule(torch.tensor([1.0, 0.0]), scaling="ve")
+    with pytest.raises(ValueError, match="sigma_data must be a positive number"):
+        NoiseSchedule(torch.tensor([1.0, 0.0]), sigma_data=0.0)

@@ -4,7 +4,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ddss_lightning.coefficients import marginals
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.schedule import alpha_sigma_of_logsnr
 from ddss_lightning.solvers import STRIDES, anchor_formula, ddim_noise_angles, ggdm_form, stride_timesteps
 
 
@@ -59,9 +58,9 @@ def test_untrained_noisy_ddim_is_diffusers_ddim_with_eta(denoiser, eta):
 def test_anchors_keep_the_marginals_of_the_schedule(schedule, anchor):
     """Theorem 1 of a consistent solver: a_k = alpha_k, v_k = sigma_k^2 at every state, and the image is (1, 0)."""
     logsnrs = schedule.logsnr(stride_timesteps(schedule, 6, "quadratic"))
-    alpha, sigma = alpha_sigma_of_logsnr(logsnrs)
+    alpha, sigma = schedule.scales(logsnrs)
     angles = torch.zeros(5).double() if anchor == "dpmpp_2m" else torch.linspace(-0.5, 1.2, 5).double()
-    mu, nu, std = anchor_formula(anchor, logsnrs, angles)
+    mu, nu, std = anchor_formula(anchor, schedule, logsnrs, angles)
     a, marginal_std = marginals(mu, nu, std, torch.stack([alpha[0], sigma[0]]))
     torch.testing.assert_close(a, torch.nn.functional.pad(alpha, (0, 1), value=1.0), rtol=0, atol=1e-10)
     torch.testing.assert_close(marginal_std, torch.nn.functional.pad(sigma, (0, 1)), rtol=0, atol=1e-10)
@@ -104,10 +103,10 @@ def test_2m_converges_at_second_order(schedule):
 def test_noise_angle_at_zero_can_be_learned(schedule):
     logsnrs = schedule.logsnr(stride_timesteps(schedule, 3, "linear"))
     angles = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    std = anchor_formula("ddim", logsnrs, angles)[2]
+    std = anchor_formula("ddim", schedule, logsnrs, angles)[2]
     std.sum().backward()
     assert (std == 0).all()
-    torch.testing.assert_close(angles.grad, alpha_sigma_of_logsnr(logsnrs)[1][1:])
+    torch.testing.assert_close(angles.grad, schedule.scales(logsnrs)[1][1:])
 
 
 def test_strides(schedule):
@@ -125,6 +124,6 @@ def test_bad_arguments(schedule):
     with pytest.raises(ValueError, match="Unknown stride 'cubic'; choose one of linear"):
         stride_timesteps(schedule, 5, "cubic")
     with pytest.raises(ValueError, match="Unknown anchor 'heun'; choose one of ddim, dpmpp_2m"):
-        anchor_formula("heun", torch.zeros(2), torch.zeros(1))
+        anchor_formula("heun", schedule, torch.zeros(2), torch.zeros(1))
     with pytest.raises(ValueError, match="eta must be between 0"):
         ddim_noise_angles(torch.zeros(2), 1.5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddss_lightning.denoisers.base import Denoiser
-from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
 
 class DiffusersDenoiser(Denoiser):
@@ -18,7 +18,7 @@ class DiffusersDenoiser(Denoiser):
     Args:
         unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
         schedule: the noise schedule it was trained with.
-        prediction_type: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
 
     Raises:
@@ -57,7 +57,7 @@ class DiffusersDenoiser(Denoiser):
 
         Raises:
             ValueError: nothing there, a damaged folder, a network that is not an unconditional `UNet2DModel`, or a
-                scheduler that is not variance preserving.
+                scheduler of an unknown noise schedule.
         """
         folder = Path(pretrained_path)
         if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
@@ -71,7 +71,7 @@ class DiffusersDenoiser(Denoiser):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
         schedule = NoiseSchedule.from_scheduler(scheduler)
-        return cls(unet, schedule, scheduler.config.prediction_type, name=pretrained_path)
+        return cls(unet, schedule, scheduler_prediction_type(scheduler), name=pretrained_path)
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Output of the network at real-valued timesteps, shape (N, C, H, W).

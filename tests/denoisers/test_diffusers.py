@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler, UNet2DModel
 
 from ddss_lightning.denoisers import DiffusersDenoiser
 from tests.conftest import DDPM
@@ -68,7 +68,10 @@ def test_flat_layout_of_old_hub_models(tmp_path, denoiser):
 def test_foreign_parts_are_refused(tmp_path):
     shutil.copytree(DDPM, tmp_path / "m")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "m" / "scheduler")
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no `alphas_cumprod`"):
+    flow = DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
+    assert (flow.prediction_type, flow.schedule.scaling) == ("flow_prediction", "flow")
+    KarrasVeScheduler().save_pretrained(tmp_path / "m" / "scheduler")
+    with pytest.raises(ValueError, match="KarrasVeScheduler has no `alphas_cumprod`"):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
     path = tmp_path / "m" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_class_embeds": 10}))

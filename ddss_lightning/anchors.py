@@ -1,0 +1,152 @@
+"""Anchors: the samplers that learning starts from, with what can move them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
+from ddss_lightning.probing import build_scheduler, probe, scheduler_steps
+from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.solvers import Solver, anchor_formula, ddim_noise_angles
+
+
+class FormulaAnchor(nn.Module):
+    """A solver with a differentiable formula: its coefficients follow its half log-SNRs.
+
+    Args:
+        solver: `ddim` or `dpmpp_2m`.
+        schedule: of the model.
+        timesteps: of the network calls, shape (K,), decreasing.
+        eta: noise, 0 (deterministic) to 1 (with `ddim`: DDPM).
+        prediction_type: what the network predicts.
+    """
+
+    logsnrs_0: Tensor
+    angles_0: Tensor
+
+    def __init__(
+        self, solver: Solver, schedule: NoiseSchedule, timesteps: Tensor, eta: float, prediction_type: PredictionType
+    ) -> None:
+        super().__init__()
+        self.solver, self.schedule, self.prediction_type = solver, schedule, prediction_type
+        self.register_buffer("logsnrs_0", schedule.logsnr(timesteps), persistent=False)
+        self.register_buffer("angles_0", ddim_noise_angles(self.logsnrs_0, eta), persistent=False)
+        self.coefficients(torch.zeros(()), torch.zeros(()))
+
+    def logsnrs(self, log_factors: Tensor) -> Tensor:
+        """Half log-SNRs, shape (K,), increasing: the gaps are multiplied by exp(log_factors)."""
+        gaps = self.logsnrs_0.diff() * log_factors.exp()
+        return torch.cat([self.logsnrs_0[:1], self.logsnrs_0[:1] + gaps.cumsum(0)])
+
+    def timesteps(self, log_factors: Tensor, offsets: Tensor) -> Tensor:
+        """Times shown to the network, shape (K,): at the half log-SNRs plus offsets, never increasing."""
+        logsnrs = self.logsnrs(log_factors)
+        return self.schedule.timestep(torch.cat([logsnrs[:1], logsnrs[1:] + offsets]).cummax(0).values)
+
+    def coefficients(self, log_factors: Tensor, angles: Tensor) -> Coefficients:
+        """The solver's formula at moved half log-SNRs, with moved noise angles, see `anchor_formula`."""
+        logsnrs = self.logsnrs(log_factors)
+        mu, nu, std = anchor_formula(self.solver, self.schedule, logsnrs, self.angles_0 + angles)
+        alpha, sigma = self.schedule.scales(logsnrs)
+        pred = prediction_pair(self.prediction_type, alpha, sigma)
+        timesteps = self.timesteps(log_factors, torch.zeros_like(logsnrs[1:]))
+        return Coefficients(mu, nu, std, pred, timesteps, prior=torch.stack([alpha[0], sigma[0]]))
+
+
+class ImportedAnchor(nn.Module):
+    r"""A sampler given by its numbers, for example those of a diffusers scheduler. They stay; corrections move.
+
+    Noise moves so that the marginals stay: with E_k = (update without noise) - a_{k+1} x0_hat_k, whose standard
+    deviation is v_{k+1}^{1/2} cos(theta_k) where std_k = v_{k+1}^{1/2} sin(theta_k),
+
+    .. math::
+        x_{k+1} = a_{k+1} \hat x_0^{(k)} + \frac{\cos \theta'_k}{\cos \theta_k} E_k
+        + v_{k+1}^{1/2} |\sin \theta'_k| z_k, \qquad \theta'_k = \theta_k + \mathrm{angle}_k.
+
+    Args:
+        coefficients: of K steps.
+        schedule: of the model.
+
+    Raises:
+        ValueError: numbers that are no sampler, see `Coefficients.validate`.
+    """
+
+    a: Tensor
+    marginal_std: Tensor
+
+    def __init__(self, coefficients: Coefficients, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self._names = list(vars(coefficients.validate()))
+        for name, value in vars(coefficients.detach()).items():
+            self.register_buffer(f"{name}_0", value.double(), persistent=False)
+        a, marginal_std = coefficients.detach().marginals()
+        self.register_buffer("a", a[1:-1], persistent=False)
+        self.register_buffer("marginal_std", marginal_std[1:-1], persistent=False)
+
+    def start(self) -> Coefficients:
+        """The numbers as they were given."""
+        return Coefficients(**{name: getattr(self, f"{name}_0") for name in self._names})
+
+    def logsnrs(self, log_factors: Tensor) -> Tensor:  # noqa: ARG002 - the interface of anchors
+        """Half log-SNRs at the network's times, shape (K,)."""
+        return self.schedule.logsnr(self.start().timesteps)
+
+    def timesteps(self, log_factors: Tensor, offsets: Tensor) -> Tensor:
+        """Times shown to the network, shape (K,): the given ones, moved by offsets of their half log-SNR."""
+        timesteps, logsnrs = self.start().timesteps, self.logsnrs(log_factors)
+        moved = self.schedule.timestep(logsnrs[1:] + offsets) - self.schedule.timestep(logsnrs[1:])
+        return torch.cat([timesteps[:1], timesteps[1:] + moved])
+
+    def coefficients(self, log_factors: Tensor, angles: Tensor) -> Coefficients:  # noqa: ARG002
+        """The given numbers with moved noise angles."""
+        start = self.start()
+        if angles.ndim == 0:
+            return start
+        angles_0 = torch.asin((start.std[:-1] / self.marginal_std).clamp(max=1))
+        moved = angles_0 + angles
+        # A step that is all noise has no other part to stretch.
+        ratio = torch.where(angles_0.cos() > 1e-6, moved.cos() / angles_0.cos(), 1.0)
+        std = self.marginal_std * torch.where(moved >= 0, moved, -moved).sin()
+        ratio = torch.nn.functional.pad(ratio, (0, 1), value=1.0)
+        a = torch.nn.functional.pad(self.a, (0, 1))
+        return Coefficients(
+            mu=ratio[:, None] * start.mu,
+            nu=ratio * start.nu + (1 - ratio) * a,
+            std=torch.nn.functional.pad(std, (0, 1)),
+            pred=start.pred,
+            timesteps=start.timesteps,
+            prior=start.prior,
+            init_noise_sigma=start.init_noise_sigma,
+        )
+
+
+def import_anchor(
+    anchor: Mapping[str, Any], schedule: NoiseSchedule, num_steps: int, prediction_type: PredictionType
+) -> Coefficients:
+    """The numbers of an anchor that is given as a mapping: `coefficients`, or a diffusers scheduler to be probed.
+
+    Args:
+        anchor: `coefficients` (what `Coefficients.to_lists` gives), or `class_path` of a diffusers scheduler with
+            `init_args` and, if needed, `set_timesteps` and `step`, the further arguments of these methods.
+        schedule: of the model. A scheduler gets its betas.
+        num_steps: K, the number of network calls.
+        prediction_type: what the network predicts.
+
+    Raises:
+        ValueError: neither, a scheduler that cannot be imported or cannot make K calls, or numbers of another K.
+    """
+    if "coefficients" in anchor:
+        coefficients = Coefficients.from_lists(anchor["coefficients"])
+        if coefficients.num_steps != num_steps:
+            raise ValueError(f"anchor: coefficients of {coefficients.num_steps} steps, but num_steps is {num_steps}.")
+        return coefficients
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    scheduler = build_scheduler(anchor, schedule, prediction_type)
+    options = {name: dict(anchor.get(name) or {}) for name in ("set_timesteps", "step")}
+    return probe(scheduler, scheduler_steps(scheduler, num_steps, options["set_timesteps"]), **options)

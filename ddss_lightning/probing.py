@@ -1,0 +1,359 @@
+r"""Read the coefficients of any explicit, linear diffusers scheduler by running it on a basis.
+
+`step` of such a scheduler is linear in the sample, the network outputs and the noise. Let the first sample be the unit
+vector e_T, the k-th network output e_k and the k-th noise z_k: then every state that the network sees comes out as the
+row of its exact coefficients, and no solver has to be written again.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
+from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.unroll import unroll
+
+# Options that make `step` nonlinear, and what turns them off.
+NONLINEAR_OPTIONS = ("thresholding", "clip_sample", "clip_denoised")
+# A sampler that is linear reproduces its scheduler to 1e-10, or 5e-7 where the scheduler computes in float32.
+TOLERANCE = 1e-5
+# Noise that a scheduler adds to the image itself in its last step, below which it counts as none.
+NO_NOISE = 1e-8
+
+
+def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str) -> Any:  # noqa: ANN401
+    """The scheduler that a recipe names: `class_path` and `init_args`.
+
+    Where `init_args` say nothing of them, the betas are those of `schedule` and the prediction type is the model's.
+
+    Raises:
+        ValueError: an unknown key or class, arguments that the class does not take, or another noise schedule.
+    """
+    known = {"class_path", "init_args", "set_timesteps", "step"}
+    if "class_path" not in anchor or set(anchor) - known:
+        raise ValueError(
+            f"anchor: a scheduler is named by class_path and, if needed, {', '.join(sorted(known - {'class_path'}))}; "
+            f"got {', '.join(map(str, anchor)) or 'nothing'}."
+        )
+    module_name, _, class_name = str(anchor["class_path"]).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name or "diffusers"), class_name)
+        parameters = inspect.signature(cls.__init__).parameters
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"anchor: there is no scheduler '{anchor['class_path']}' ({error}); name a class such as "
+            "'diffusers.UniPCMultistepScheduler'."
+        ) from error
+    init_args = dict(anchor.get("init_args") or {})
+    if "trained_betas" in parameters and not init_args.keys() & {"trained_betas", "beta_start", "beta_schedule"}:
+        alphas_cumprod = torch.sigmoid(2 * schedule.table)
+        ratios = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        init_args |= {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(ratios)}
+    if "prediction_type" in parameters and not prediction_type.startswith("edm_"):
+        init_args.setdefault("prediction_type", prediction_type)
+    try:
+        scheduler = cls(**init_args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"anchor: {anchor['class_path']} could not be made: {error}") from error
+    if not NoiseSchedule.from_scheduler(scheduler).matches(schedule):
+        raise ValueError(
+            f"anchor: {class_name} has another noise schedule than the model; leave its betas out of init_args."
+        )
+    return scheduler
+
+
+def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] | None = None) -> int:  # noqa: ANN401
+    """The number that `set_timesteps` must get so that the network is called `nfe` times.
+
+    Raises:
+        ValueError: there is none: Heun's method, for example, makes 2 n - 1 calls.
+    """
+    counts = {}
+    for steps in range(nfe, 0, -1):
+        try:
+            counts[steps] = _count_calls(scheduler, steps, set_timesteps or {})
+        except ValueError as error:
+            reason = error  # too few steps for this scheduler, or wrong arguments
+            continue
+        if counts[steps] == nfe:
+            return steps
+    if not counts:
+        raise reason
+    possible = ", ".join(str(count) for count in sorted(set(counts.values())))
+    raise ValueError(f"{type(scheduler).__name__} cannot make {nfe} network calls, only {possible}, or more.")
+
+
+def _count_calls(scheduler: Any, steps: int, set_timesteps: Mapping[str, Any]) -> int:  # noqa: ANN401
+    scheduler = copy.deepcopy(scheduler)
+    _set_timesteps(scheduler, steps, set_timesteps)
+    return len(scheduler.timesteps)
+
+
+def probe(
+    scheduler: Any,  # noqa: ANN401 - diffusers has no common base for schedulers that can sample
+    num_steps: int,
+    set_timesteps: Mapping[str, Any] | None = None,
+    step: Mapping[str, Any] | None = None,
+) -> Coefficients:
+    r"""Coefficients and network times of a diffusers scheduler, exact.
+
+    The rows r_k of the states that the network sees, after `scale_model_input`, satisfy r_{k+1} = sum_j A_kj r_j +
+    w_k e_k + std_k z_k. One triangular solve gives A; `prediction_pair` at the marginal (a_k, v_k^(1/2)) of Theorem 1
+    splits (A_kk, w_k) into mu_kk and nu_k. The result is then run against the scheduler's own loop with a nonlinear
+    stand-in for the network: what is not linear, or not a GGDM, does not pass.
+
+    Args:
+        scheduler: any explicit, linear scheduler; it is not changed.
+        num_steps: what `set_timesteps` gets. The number of network calls can be larger (Heun: 2 n - 1).
+        set_timesteps: further arguments of `set_timesteps`, such as `sigmas`, `timesteps` or `mu`. With `sigmas` or
+            `timesteps`, `num_steps` must be their number or that of the network calls.
+        step: further arguments of `step`, such as `eta`.
+
+    Raises:
+        NotAGGDMError: a nonlinear option, a solver that is not a GGDM (noise and past predictions together, a stage of
+            weight zero), one that keeps a state of another kind.
+        ValueError: one whose `step` needs more than the output, the timestep and the sample, or that cannot do so many
+            steps, or whose own numbers are not finite.
+    """
+    set_timesteps, step = dict(set_timesteps or {}), dict(step or {})
+    name = type(scheduler).__name__
+    if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step")):
+        raise NotAGGDMError(f"{name} is no sampler of the usual form: it lacks set_timesteps or step.")
+    for option in NONLINEAR_OPTIONS:
+        if scheduler.config.get(option):
+            raise NotAGGDMError(
+                f"{name} with {option}=True is not linear and has no coefficients; make it with {option}=False. "
+                "Images are clamped after sampling."
+            )
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
+    coefficients = _solve(rows, timesteps, scheduler)
+    _verify(coefficients, scheduler, num_steps, set_timesteps, step)
+    return coefficients
+
+
+# ---------------------------------------------------------------------------------------------- the scheduler's loop
+
+
+def run_scheduler(
+    scheduler: Any,  # noqa: ANN401
+    network: Callable[[int, Tensor, Tensor], Tensor],
+    x_T: Tensor,
+    noise: Sequence[Tensor],
+    num_steps: int,
+    set_timesteps: Mapping[str, Any] | None = None,
+    step: Mapping[str, Any] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The loop of a diffusers pipeline, on a copy of the scheduler.
+
+    Args:
+        scheduler: it is not changed.
+        network: (call index, input, timestep) -> output.
+        x_T: standard normal; `init_noise_sigma` is applied here.
+        noise: what each step gets when it draws.
+        num_steps: what `set_timesteps` gets.
+        set_timesteps: its further arguments.
+        step: further arguments of `step`.
+
+    Returns:
+        The inputs of the network and, last, the image; and the timesteps, shape (number of calls,).
+
+    Raises:
+        NotAGGDMError: it draws twice in one step, or returns something else than samples.
+        ValueError: it fails.
+    """
+    scheduler, name = copy.deepcopy(scheduler), type(scheduler).__name__
+    _set_timesteps(scheduler, num_steps, set_timesteps or {})
+    # Flow matching schedulers have neither: their first state is the noise, and the network sees the states.
+    scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
+    states, draws = [], _Draws(noise, name)
+    with draws:
+        try:
+            x = x_T * float(getattr(scheduler, "init_noise_sigma", 1.0))
+            for k, timestep in enumerate(scheduler.timesteps):
+                draws.begin(k)
+                states.append(scale(x, timestep))
+                x = scheduler.step(network(k, states[-1], timestep), timestep, x, return_dict=False, **(step or {}))[0]
+                if x.shape != x_T.shape or not x.is_floating_point():
+                    raise NotAGGDMError(f"{name} does not return samples of the shape and kind it got.")
+        except NotAGGDMError:
+            raise
+        except Exception as error:  # whatever a scheduler raises that is not made for this loop
+            raise ValueError(
+                f"{name} does not run in the loop of a pipeline (set_timesteps, scale_model_input, step): {error!r}"
+            ) from error
+    return [*states, x], torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
+
+
+def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    # Explicit sigmas or timesteps bring their own number, and most schedulers refuse to be told both.
+    explicit = any(kwargs.get(option) is not None for option in ("sigmas", "timesteps"))
+    try:
+        scheduler.set_timesteps(**({} if explicit else {"num_inference_steps": num_steps}), **kwargs)
+    except Exception as error:  # index errors, assertions, type errors, ...
+        raise ValueError(f"{type(scheduler).__name__} cannot be set to {num_steps} steps: {error!r}") from error
+
+
+class NotAGGDMError(ValueError):
+    """A sampler that no GGDM can express."""
+
+
+class _Draws(TorchFunctionMode):
+    """Gives a scheduler that draws normal numbers in step k the k-th of the given noises."""
+
+    def __init__(self, noise: Sequence[Tensor], name: str) -> None:
+        super().__init__()
+        self.noise, self.name, self.step, self.drawn = noise, name, -1, False
+
+    def begin(self, step: int) -> None:
+        self.step, self.drawn = step, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func not in (torch.randn, torch.randn_like):
+            return func(*args, **(kwargs or {}))
+        if self.drawn or self.step < 0:
+            raise NotAGGDMError(f"{self.name} draws noise more than once in a step, or outside the steps; not a GGDM.")
+        self.drawn = True
+        return self.noise[self.step].clone()
+
+
+# ------------------------------------------------------------------------------------------------- rows -> coefficients
+
+
+def _run_on_basis(
+    scheduler: Any,  # noqa: ANN401
+    num_steps: int,
+    set_timesteps: Mapping[str, Any],
+    step: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Rows of the states, shape (K + 1, 1 + 2 K), and timesteps, shape (K,), K the number of calls."""
+    count = _count_calls(scheduler, num_steps, set_timesteps)
+    for option in ("sigmas", "timesteps"):
+        given = set_timesteps.get(option)
+        if given is not None and num_steps not in (len(given), count):
+            raise ValueError(f"num_steps is {num_steps}, but {len(given)} {option} were given, for {count} calls.")
+    # The shape of a small image: some schedulers look at four dimensions.
+    basis = torch.eye(1 + 2 * count, dtype=torch.float64)[:, None, None, None, :]
+    outputs, noise = basis[1 : 1 + count], basis[1 + count :]
+    states, timesteps = run_scheduler(
+        scheduler, lambda k, _x, _t: outputs[k].clone(), basis[0], list(noise), num_steps, set_timesteps, step
+    )
+    return torch.stack([state.double().flatten() for state in states]), timesteps
+
+
+def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # noqa: ANN401
+    name, count = type(scheduler).__name__, len(timesteps)
+    if not rows.isfinite().all():
+        raise ValueError(
+            f"{name} with these options computes numbers that are not finite. Epsilon prediction divides by alpha, "
+            "which is 0 at the first timestep of a schedule with zero terminal SNR (rescale_betas_zero_snr: use "
+            "v_prediction); some solvers take the logarithm of a last sigma of 0 (use final_sigmas_type='sigma_min')."
+        )
+    if timesteps[-1] > timesteps[0]:
+        raise NotAGGDMError(f"{name} goes from the image to noise; only samplers, from noise to image, are imported.")
+    inputs, noise = rows[:, : 1 + count], rows[:, 1 + count :]
+    # State j brings in the output of call j - 1: this matrix is lower triangular.
+    if (inputs[:-1].diagonal().abs() < 1e-12 * inputs[:-1].abs().amax(1)).any():
+        raise NotAGGDMError(
+            f"{name} has a step in which the newest network output has no weight, so that a later state cannot be "
+            "written with the states before it; use another scheduler, for example DEISMultistepScheduler."
+        )
+    # Row k without its newest output, e_k, is a combination of the states 0 ... k.
+    known = inputs[1:, :count].tril()
+    weights = torch.linalg.solve_triangular(inputs[:-1, :count], known, upper=False, left=False).tril()
+    output_weight = inputs[1:, 1:].diagonal()
+    left_over = noise[1:] - weights @ noise[:-1]
+    std = left_over.diagonal()
+    if (left_over - torch.diag(std)).abs().max() > 1e-5 * max(1.0, float(noise.abs().max())):
+        raise NotAGGDMError(
+            f"{name} combines noise with past predictions, which no GGDM can express: the noise of a step would have "
+            "to be taken out of the later ones. Use a deterministic multistep or a noisy one-step scheduler."
+        )
+    if std[-1].abs() > NO_NOISE:
+        raise NotAGGDMError(
+            f"{name} adds noise of standard deviation {float(std[-1]):.3g} to the image in its last step; choose "
+            "options with a last step to the clean image, such as set_alpha_to_one=True or final_sigmas_type='zero'."
+        )
+    std = torch.cat([std[:-1].abs(), std.new_zeros(1)])
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    prior = torch.stack(schedule.alpha_sigma(timesteps[0]))
+    mu, nu, pred = _split(
+        weights, output_weight, std, prior, cast(PredictionType, scheduler_prediction_type(scheduler))
+    )
+    return Coefficients(mu, nu, std, pred, timesteps, prior, init_noise_sigma=rows[0, 0]).validate()
+
+
+def _split(
+    weights: Tensor, output_weight: Tensor, std: Tensor, prior: Tensor, prediction_type: PredictionType
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mu, nu, pred) from the weights of states and outputs, with the pair at each state's marginal (Theorem 1)."""
+    count = len(output_weight)
+    mu, nu, pred = weights.clone(), torch.zeros_like(output_weight), weights.new_zeros(count, 2)
+    # Rows are states; column 0 is the part of x_0 in them, the others are independent noises.
+    marginal = weights.new_zeros(count + 1, count + 2)
+    marginal[0, :2] = prior
+    for k in range(count):
+        pred[k] = prediction_pair(prediction_type, marginal[k, 0], marginal[k, 1:].norm())
+        nu[k] = output_weight[k] / pred[k, 1]
+        mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
+        marginal[k + 1] = mu[k] @ marginal[:-1]
+        marginal[k + 1, 0] += nu[k]
+        marginal[k + 1, k + 2] += std[k]
+    return mu, nu, pred
+
+
+def _verify(
+    coefficients: Coefficients,
+    scheduler: Any,  # noqa: ANN401
+    num_steps: int,
+    set_timesteps: Mapping[str, Any],
+    step: Mapping[str, Any],
+) -> None:
+    error = rollout_error(coefficients, scheduler, num_steps, set_timesteps, step)
+    if not error < TOLERANCE:
+        raise NotAGGDMError(
+            f"{type(scheduler).__name__} is not linear, or keeps a state that its samples do not show: its own images "
+            f"and those of its coefficients differ by {error:.2g} (relative). Use another scheduler or other options."
+        )
+
+
+def rollout_error(
+    coefficients: Coefficients,
+    scheduler: Any,  # noqa: ANN401
+    num_steps: int,
+    set_timesteps: Mapping[str, Any] | None = None,
+    step: Mapping[str, Any] | None = None,
+) -> float:
+    """Largest difference between the scheduler's own images and those of the coefficients over the largest pixel.
+
+    Both run in float64 from the same noise with the same nonlinear stand-in for a network,
+    tanh(x + sin(t / 100)) + x^2 / (4 + x^2).
+    """
+
+    def network(x: Tensor, timestep: Tensor) -> Tensor:
+        time = torch.as_tensor(timestep).double().flatten()[0]
+        return torch.tanh(x + torch.sin(time / 100)) + x.square() / (4 + x.square())
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (coefficients.num_steps + 1, 2, 1, 4, 4)
+    x_T, *noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+    states, _ = run_scheduler(
+        scheduler,
+        lambda _k, x, t: network(x, t),
+        x_T,
+        noise,
+        num_steps,
+        set_timesteps,
+        step,
+    )
+    ours = unroll(network, coefficients, x_T, torch.stack(noise[:-1]) if len(noise) > 1 else None)
+    return float((ours - states[-1]).abs().max() / states[-1].abs().max())

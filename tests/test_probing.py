@@ -1,0 +1,350 @@
+"""Every explicit, linear diffusers scheduler is a GGDM, and what is not gets told why."""
+
+import re
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from ddss_lightning.anchors import import_anchor
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.noise import draw_noise
+from ddss_lightning.probing import NotAGGDMError, build_scheduler, probe, rollout_error, run_scheduler, scheduler_steps
+
+EXACT, FLOAT32 = 1e-10, 5e-7
+NO_CLIP = {"clip_sample": False}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+# Name -> (largest error, options to try). Whoever computes in float32 inside says so here.
+SUPPORTED = {
+    "CogVideoXDDIMScheduler": (EXACT, [NO_CLIP, {**NO_CLIP, **ZERO_SNR}]),
+    "DDIMParallelScheduler": (EXACT, [NO_CLIP]),
+    "DDIMScheduler": (
+        EXACT,
+        [
+            *({**NO_CLIP, "timestep_spacing": spacing} for spacing in ("leading", "trailing", "linspace")),
+            *({**NO_CLIP, "prediction_type": predicts} for predicts in ("sample", "v_prediction")),
+            {**NO_CLIP, **ZERO_SNR},
+            {**NO_CLIP, "beta_schedule": "squaredcos_cap_v2"},
+        ],
+    ),
+    "DDPMParallelScheduler": (EXACT, [NO_CLIP]),
+    "DDPMScheduler": (
+        EXACT,
+        [NO_CLIP, *({**NO_CLIP, "prediction_type": predicts} for predicts in ("sample", "v_prediction"))],
+    ),
+    "DEISMultistepScheduler": (
+        EXACT,
+        [
+            *({"solver_order": n} for n in (1, 2, 3)),
+            {"use_karras_sigmas": True},
+            {"prediction_type": "v_prediction"},
+            FLOW,
+        ],
+    ),
+    "DPMSolverMultistepScheduler": (
+        FLOAT32,
+        [
+            *({"solver_order": n} for n in (1, 2, 3)),
+            *({f"use_{kind}": True} for kind in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")),
+            *({"timestep_spacing": spacing} for spacing in ("leading", "trailing")),
+            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+            {"euler_at_final": True, "solver_type": "heun"},
+            {"prediction_type": "sample"},
+            {"prediction_type": "v_prediction", "final_sigmas_type": "sigma_min"},
+            ZERO_SNR,
+            FLOW,
+        ],
+    ),
+    "DPMSolverSinglestepScheduler": (
+        EXACT,
+        [
+            *({"solver_order": n} for n in (1, 2, 3)),
+            {"use_exponential_sigmas": True},
+            {"prediction_type": "sample"},
+            FLOW,
+        ],
+    ),
+    "EDMDPMSolverMultistepScheduler": (
+        EXACT,
+        [*({"solver_order": n} for n in (1, 2, 3)), {"sigma_schedule": "exponential"}],
+    ),
+    "EDMEulerScheduler": (FLOAT32, [{}, {"prediction_type": "v_prediction"}]),
+    "EulerAncestralDiscreteScheduler": (FLOAT32, [{}, {"timestep_spacing": "trailing"}]),
+    "EulerDiscreteScheduler": (
+        FLOAT32,
+        [
+            *({f"use_{kind}_sigmas": True} for kind in ("karras", "exponential", "beta")),
+            *({"timestep_spacing": spacing} for spacing in ("leading", "trailing", "linspace")),
+            {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True},
+            {"final_sigmas_type": "sigma_min"},
+            ZERO_SNR,
+        ],
+    ),
+    "FlowMapEulerDiscreteScheduler": (EXACT, [{}]),
+    "FlowMatchEulerDiscreteScheduler": (
+        FLOAT32,
+        [{}, {"shift": 3.0}, {"use_karras_sigmas": True}, {"stochastic_sampling": True}, {"invert_sigmas": False}],
+    ),
+    "FlowMatchHeunDiscreteScheduler": (FLOAT32, [{}, {"shift": 3.0}]),
+    "FlowMatchLCMScheduler": (FLOAT32, [{}]),
+    "HeunDiscreteScheduler": (EXACT, [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}]),
+    "KDPM2AncestralDiscreteScheduler": (EXACT, [{}, {"use_karras_sigmas": True}]),
+    "KDPM2DiscreteScheduler": (EXACT, [{}, {"use_exponential_sigmas": True}]),
+    "LCMScheduler": (EXACT, [NO_CLIP, {**NO_CLIP, "prediction_type": "v_prediction"}]),
+    "LMSDiscreteScheduler": (EXACT, [{}, {"use_karras_sigmas": True}]),
+    "PNDMScheduler": (EXACT, [{"skip_prk_steps": True}, {"skip_prk_steps": False}]),
+    "TCDScheduler": (EXACT, [NO_CLIP]),
+    "UnCLIPScheduler": (EXACT, [NO_CLIP]),
+    "UniPCMultistepScheduler": (
+        EXACT,
+        [
+            *({"solver_order": n} for n in (1, 2, 3)),
+            {"use_karras_sigmas": True},
+            {"solver_type": "bh1", "predict_x0": False, "final_sigmas_type": "sigma_min"},
+            {"disable_corrector": [0, 1], **ZERO_SNR},
+            {"prediction_type": "sample"},
+            FLOW,
+        ],
+    ),
+}
+
+OTHER_LOOP, TOKENS = "does not run in the loop of a pipeline", "does not run in the loop of a pipeline"
+# Name -> (options, the reason that is given).
+REFUSED = {
+    "AmusedScheduler": ({"mask_token_id": 3}, TOKENS),
+    "BlockRefinementScheduler": ({}, TOKENS),
+    "CMStochasticIterativeScheduler": ({}, "clip_denoised=True is not linear"),
+    "CogVideoXDPMScheduler": (NO_CLIP, OTHER_LOOP),
+    "DDIMInverseScheduler": (NO_CLIP, "from the image to noise"),
+    "DDPMWuerstchenScheduler": ({}, OTHER_LOOP),
+    "DPMSolverMultistepInverseScheduler": ({}, "from the image to noise"),
+    "DiscreteDDIMScheduler": ({}, "from the image to noise"),
+    "EntropyBoundScheduler": ({}, "does not return samples of the shape and kind"),
+    "HeliosDMDScheduler": ({}, "cannot be set to 5 steps"),
+    "HeliosScheduler": ({}, "cannot be set to 5 steps"),
+    "IPNDMScheduler": ({}, "the newest network output has no weight"),
+    "KarrasVeScheduler": ({}, OTHER_LOOP),
+    "LTXEulerAncestralRFScheduler": ({}, "neither a flow matching nor an EDM scheduler"),
+    "MiniMaxH3Scheduler": ({}, "from the image to noise"),
+    "PiflowScheduler": ({}, OTHER_LOOP),
+    "RFD4ProteinaScheduler": (
+        {"schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0, "tsr_sigma": 1.0},
+        "cannot be set to 5 steps",
+    ),
+    "RePaintScheduler": (NO_CLIP, OTHER_LOOP),
+    "SASolverScheduler": ({}, "combines noise with past predictions"),
+    "SCMScheduler": ({}, "cannot be set to 5 steps"),
+    "ScoreSdeVeScheduler": ({}, "lacks set_timesteps or step"),
+    "VQDiffusionScheduler": ({"num_vec_classes": 7}, TOKENS),
+}
+# Schedulers of packages that are not installed: diffusers exports a class that cannot be made.
+NEED_A_PACKAGE = {"DPMSolverSDEScheduler": "torchsde", "CosineDPMSolverMultistepScheduler": "torchsde"}
+
+
+def exported():
+    names = diffusers._import_structure["schedulers"] + list(NEED_A_PACKAGE)
+    classes = {name: getattr(diffusers, name, None) for name in names}
+    return {name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, SchedulerMixin)} - {
+        "SchedulerMixin"
+    }
+
+
+def test_every_scheduler_of_diffusers_is_either_supported_or_refused():
+    assert exported() - set(NEED_A_PACKAGE) <= set(SUPPORTED) | set(REFUSED), "sort the new scheduler"
+    assert not set(SUPPORTED) & set(REFUSED)
+
+
+def name_of(value):
+    return type(value).__name__ if isinstance(value, SchedulerMixin) else str(value)
+
+
+CASES = [(name, options) for name, (_, many) in SUPPORTED.items() for options in many]
+
+
+def case_id(value):
+    return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "default"
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
+def test_rollout_of_the_coefficients_is_the_scheduler_s_own_loop(name, options):
+    """Same noise, float64, a nonlinear stand-in for the network, at 3, 5, 10 and 20 steps."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    scheduler = getattr(diffusers, name)(**options)
+    smallest = 4 if name == "PNDMScheduler" and not options["skip_prk_steps"] else 3
+    for num_steps in (smallest, 5, 10, 20):
+        coefficients = probe(scheduler, num_steps)
+        assert rollout_error(coefficients, scheduler, num_steps) <= SUPPORTED[name][0], num_steps
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_ggdm_is_refused_with_the_reason(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    options, reason = REFUSED[name]
+    with pytest.raises(ValueError, match=reason):
+        probe(getattr(diffusers, name)(**options), 5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "num_steps", "more"),
+    [
+        (DDIMScheduler(**NO_CLIP), 5, {"step": {"eta": 1.0}}),
+        (DDIMScheduler(**NO_CLIP), 5, {"step": {"eta": 0.3}}),
+        (EulerDiscreteScheduler(), 3, {"set_timesteps": {"sigmas": [14.0, 3.0, 0.5, 0.0]}}),
+        (EulerDiscreteScheduler(), 3, {"set_timesteps": {"timesteps": [900, 500, 20]}}),
+        (HeunDiscreteScheduler(), 3, {"set_timesteps": {"timesteps": [900, 500, 20]}}),
+        (DPMSolverMultistepScheduler(), 3, {"set_timesteps": {"timesteps": [900, 500, 20]}}),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), 3, {"set_timesteps": {"sigmas": [1.0, 0.7, 0.2]}}),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 3, {"set_timesteps": {"mu": 0.7}}),
+        (diffusers.LCMScheduler(**NO_CLIP), 3, {"set_timesteps": {"timesteps": [999, 499, 19]}}),
+    ],
+    ids=name_of,
+)
+def test_arguments_of_set_timesteps_and_step(scheduler, num_steps, more):
+    coefficients = probe(scheduler, num_steps, **more)
+    assert rollout_error(coefficients, scheduler, num_steps, **more) <= FLOAT32
+    assert bool(coefficients.std.any()) == (
+        more.get("step") is not None or isinstance(scheduler, diffusers.LCMScheduler)
+    )
+
+
+def test_nfe_is_what_the_network_is_called():
+    assert probe(HeunDiscreteScheduler(), 5).num_steps == 9
+    assert probe(diffusers.PNDMScheduler(skip_prk_steps=True), 5).num_steps == 6
+    assert probe(diffusers.KDPM2DiscreteScheduler(), 5).num_steps == 9
+    assert scheduler_steps(HeunDiscreteScheduler(), 9) == 5
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler cannot make 10 network calls, only 1, 3, 5, 7, 9, "):
+        scheduler_steps(HeunDiscreteScheduler(), 10)
+
+
+def test_marginals_of_imported_solvers_are_those_of_the_schedule(schedule):
+    """Exact for constant predictions, so Theorem 1 gives alpha and sigma at every state and the clean image at last."""
+    for scheduler in (
+        UniPCMultistepScheduler(solver_order=3, timestep_spacing="trailing"),
+        DDIMScheduler(**NO_CLIP, timestep_spacing="trailing"),
+        HeunDiscreteScheduler(timestep_spacing="linspace"),
+        EulerDiscreteScheduler(timestep_spacing="linspace"),
+    ):
+        scheduler = type(scheduler).from_config(
+            scheduler.config, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+        )
+        c = probe(scheduler, 5)
+        a, std = c.marginals()
+        alpha, sigma = schedule.alpha_sigma(c.timesteps)
+        torch.testing.assert_close(a[:-1], alpha, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(std[:-1], sigma, rtol=2e-2, atol=2e-3)
+        assert a[-1].item() == pytest.approx(1, abs=1e-3)
+        assert std[-1].item() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "step"),
+    [
+        (UniPCMultistepScheduler(beta_schedule="linear"), {}),
+        (EulerDiscreteScheduler(beta_schedule="linear"), {}),
+        (diffusers.DEISMultistepScheduler(beta_schedule="linear"), {}),
+        (DDIMScheduler(**NO_CLIP, beta_schedule="linear"), {"eta": 1.0}),
+        (HeunDiscreteScheduler(beta_schedule="linear", use_karras_sigmas=True), {}),
+    ],
+    ids=name_of,
+)
+def test_imported_samplers_make_the_scheduler_s_images_on_the_shipped_model(denoiser, scheduler, step):
+    scheduler = type(scheduler).from_config(scheduler.config, beta_start=1e-4, beta_end=0.02)
+    sampler = GGDMSampler.from_scheduler(scheduler, 5, step=step)
+    x_T, noise = draw_noise((16, 1, 8, 8), sampler.num_steps, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states, _ = run_scheduler(
+            scheduler, lambda k, x, t: denoiser(x, t.expand(len(x)).float()), x_T, [*noise, noise[0]], 5, step=step
+        )
+        torch.testing.assert_close(sampler(denoiser, x_T, noise=noise), states[-1], rtol=0, atol=1e-4)
+
+
+def test_the_scheduler_is_not_changed():
+    scheduler = UniPCMultistepScheduler()
+    scheduler.set_timesteps(7)
+    before = {key: str(value) for key, value in vars(scheduler).items()}
+    probe(scheduler, 5)
+    assert {key: str(value) for key, value in vars(scheduler).items()} == before
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "more", "message"),
+    [
+        (DDIMScheduler(), {}, "DDIMScheduler with clip_sample=True is not linear"),
+        (UniPCMultistepScheduler(thresholding=True), {}, "thresholding=True is not linear"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), {}, "combines noise with past predictions"),
+        (DDIMScheduler(**NO_CLIP, **{**ZERO_SNR, "prediction_type": "epsilon"}), {}, "zero terminal SNR"),
+        (
+            DDIMScheduler(**NO_CLIP, set_alpha_to_one=False, steps_offset=1),
+            {"step": {"eta": 1.0}},
+            "adds noise of standard deviation 0.00.* in its last step",
+        ),
+        (EulerDiscreteScheduler(), {"set_timesteps": {"sigmas": [9.0, 3.0, 0.0]}}, "num_steps is 5, but 3 sigmas"),
+        (EulerDiscreteScheduler(), {"set_timesteps": {"nothing": 1}}, "cannot be set to 5 steps: TypeError"),
+        (EulerDiscreteScheduler(), {"step": {"nothing": 1}}, "does not run in the loop.*nothing"),
+    ],
+    ids=name_of,
+)
+def test_refusals_say_why(scheduler, more, message):
+    with pytest.raises(ValueError, match=message):
+        probe(scheduler, 5, **more)
+
+
+def test_a_sampler_that_is_not_linear_does_not_pass():
+    class Squares(DDIMScheduler):
+        def step(self, model_output, timestep, sample, **kwargs):
+            return super().step(model_output + 1e-3 * model_output**2, timestep, sample, **kwargs)
+
+    with pytest.raises(NotAGGDMError, match="Squares is not linear, or keeps a state"):
+        probe(Squares(**NO_CLIP), 5)
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        probe(DDIMScheduler(**NO_CLIP), 0)
+
+
+# --------------------------------------------------------------------------------------------------- anchors by name
+
+
+def test_an_anchor_by_name_takes_the_model_s_betas_and_prediction_type(schedule):
+    anchor = {"class_path": "diffusers.UniPCMultistepScheduler", "init_args": {"solver_order": 3}}
+    scheduler = build_scheduler(anchor, schedule, "v_prediction")
+    assert scheduler.config.prediction_type == "v_prediction"
+    theirs = UniPCMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    torch.testing.assert_close(scheduler.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    c = import_anchor(anchor, schedule, 6, "epsilon")
+    expected = probe(UniPCMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, solver_order=3), 6)
+    torch.testing.assert_close(c.mu, expected.mu, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "message"),
+    [
+        ({"class_path": "diffusers.NoScheduler"}, "there is no scheduler 'diffusers.NoScheduler'"),
+        ({"class_path": "nowhere.X"}, "there is no scheduler 'nowhere.X'"),
+        ({"init_args": {}}, "a scheduler is named by class_path"),
+        ({"class_path": "diffusers.DDIMScheduler", "args": {}}, "got class_path, args"),
+        ({"class_path": "diffusers.DDIMScheduler", "init_args": {"order": 2}}, "could not be made.*order"),
+        (
+            {"class_path": "diffusers.DDIMScheduler", "init_args": {"beta_schedule": "scaled_linear"}},
+            "another noise sch",
+        ),
+        ({"class_path": "diffusers.DDIMScheduler"}, "clip_sample=True is not linear"),
+        ({"class_path": "diffusers.HeunDiscreteScheduler"}, "cannot make 6 network calls"),
+        ({"coefficients": {"mu": [[1.0]]}}, re.escape("The numbers of a sampler are ['init_noise_sigma', 'mu'")),
+    ],
+    ids=name_of,
+)
+def test_bad_anchors(schedule, anchor, message):
+    with pytest.raises(ValueError, match=message):
+        import_anchor(anchor, schedule, 6, "epsilon")
