@@ -60,7 +60,8 @@ class FormulaAnchor(nn.Module):
 class ImportedAnchor(nn.Module):
     r"""A sampler given by its numbers, for example those of a diffusers scheduler. They stay; corrections move.
 
-    Noise moves so that the marginals stay: with E_k = (update without noise) - a_{k+1} x0_hat_k, whose standard
+    Noise moves so that the marginals of a one-step sampler stay (a multistep one sees the noise again where it
+    uses earlier states): with E_k = (update without noise) - a_{k+1} x0_hat_k, whose standard
     deviation is v_{k+1}^{1/2} cos(theta_k) where std_k = v_{k+1}^{1/2} sin(theta_k),
 
     .. math::

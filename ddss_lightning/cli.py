@@ -1,4 +1,4 @@
-"""`ddss fit | validate | test | predict`: LightningCLI over YAML recipes."""
+"""`ddss`: LightningCLI over YAML recipes (fit, validate, test, predict), and commands for saved samplers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 import sys
 import warnings
 
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
+from ddss_lightning.commands import COMMANDS
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
@@ -84,7 +86,8 @@ def _one_line(error: Exception) -> str:
     expected = re.search(r"Expected an? (?:typing\.)?(.*?)(?:\. Got value| - Expected| Given value)", report)
     value = re.search(r"(?:Got|Given) value: (\S+)", report)
     if 'Parser key "' not in message or not expected or not value:
-        return message
+        ours = re.search(r"Union subtypes .* Errors: - (.*?) - Expected a <class 'NoneType'>", message)
+        return ours[1] if ours else message
     return f"{key}: expected {expected[1].replace('Literal', 'one of ')}, got {value[1]}."
 
 
@@ -102,7 +105,11 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         ImageDataModule,
         subclass_mode_data=True,
         seed_everything_default=0,
-        parser_kwargs={"exit_on_error": False},
+        parser_kwargs={
+            "exit_on_error": False,
+            "description": "Learn and use fast samplers. Besides the subcommands below: `ddss export SAMPLER OUTPUT` "
+            "writes a sampler for diffusers, `ddss inspect SAMPLER` shows what it is; both take --help.",
+        },
         args=args,
         run=run,
     )
@@ -110,8 +117,13 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
 
 def main(args: list[str] | None = None) -> None:
     """Console entry point. Bad input ends with one line on standard error and exit status 1."""
+    args = sys.argv[1:] if args is None else args
     try:
-        command_line(args)
+        if args and args[0] in COMMANDS:
+            command = COMMANDS[args[0]]
+            auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
+        else:
+            command_line(args)
     except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise

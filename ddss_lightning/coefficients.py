@@ -14,12 +14,17 @@ time given to the network, "+TIME" when learned                 | timesteps[k]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+# Beyond these a marginal is reported: states of a size of 10, an image at less than half or more than 1.5 of x_0.
+SANE_GROWTH = 10.0
+SANE_IMAGE = (0.5, 1.5)
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm_epsilon", "edm_v_prediction"]
 
@@ -105,6 +110,43 @@ class Coefficients:
     def to_lists(self) -> dict[str, Any]:
         """All numbers as nested lists, exact: for JSON."""
         return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
+
+    def problems(self) -> list[str]:
+        """What looks wrong about the marginals of Theorem 1; empty for a sane sampler.
+
+        A learned sampler need not keep the marginals of the noise schedule, but one whose states grow or vanish, or
+        whose image is not at the scale of x_0, is most likely broken.
+        """
+        a, marginal_std = (value.detach() for value in self.marginals())
+        found: list[str] = []
+        limit = SANE_GROWTH * float(self.prior.max().clamp(min=1))
+        for k in range(self.num_steps + 1):
+            if not (a[k].isfinite() and marginal_std[k].isfinite()):
+                return [*found, f"x_{k}: the marginal is not finite (a = {a[k]:.3g}, std = {marginal_std[k]:.3g})"]
+            if max(abs(a[k]), marginal_std[k]) > limit:
+                found.append(f"x_{k}: the state grows out of scale (a = {a[k]:.3g}, std = {marginal_std[k]:.3g})")
+        low, high = SANE_IMAGE
+        if not low < a[-1] < high:
+            found.append(f"x_{self.num_steps}: the image is at {a[-1]:.3g} of its scale (a should be near 1)")
+        if marginal_std[-1] > high - 1:
+            found.append(f"x_{self.num_steps}: noise of std {marginal_std[-1]:.3g} is left in the image")
+        return found
+
+    def table(self) -> str:
+        """One line a step: time, half log-SNR and marginal of the state, noise added, and the weights of its update."""
+        a, marginal_std = (value.detach().tolist() for value in self.marginals())
+        lines = [" k  timestep  log-SNR        a      std  noise added      nu  mu: weights of the states"]
+        for k in range(self.num_steps):
+            weights = [f"{float(w):+.3f} x_{j}" for j, w in enumerate(self.mu[k, : k + 1].detach()) if abs(w) >= 5e-4]
+            # Newest first, and no more than fit a line.
+            shown = " ".join(weights[::-1][:6]) + (f" ... {len(weights) - 6} more" if len(weights) > 6 else "")
+            logsnr = math.log(a[k] / marginal_std[k]) if a[k] > 0 and marginal_std[k] > 0 else math.nan
+            lines.append(
+                f"{k:2d}  {float(self.timesteps[k]):8.3f}  {logsnr:+7.3f}  {a[k]:7.4f}  {marginal_std[k]:7.4f}  "
+                f"{float(self.std[k]):11.4f}  {float(self.nu[k]):+6.3f}  {shown}"
+            )
+        lines.append(f"{self.num_steps:2d}     image           {a[-1]:9.4f}  {marginal_std[-1]:7.4f}")
+        return "\n".join(lines)
 
     def detach(self) -> Coefficients:
         """The same numbers, cut from the graph and copied."""

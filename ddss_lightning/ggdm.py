@@ -230,6 +230,28 @@ class GGDMSampler(nn.Module):
         """K, the number of network calls."""
         return int(self.config["num_steps"])
 
+    def __str__(self) -> str:
+        """What the sampler is, at a glance: its anchor, what is learned, a table of its steps, and what looks wrong."""
+        config, coefficients = self.config, self.coefficients().detach()
+        sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items()) or "nothing"
+        lines = [
+            f"GGDMSampler: {self.num_steps} network calls, {config['prediction_type']}, {config['parametrization']}",
+            f"anchor: {self._anchor_name()}",
+            f"learned: {sizes}",
+            "",
+            coefficients.table(),
+        ]
+        return "\n".join([*lines, *(f"warning: {problem}" for problem in coefficients.problems())])
+
+    def _anchor_name(self) -> str:
+        config = self.config
+        if not isinstance(config["anchor"], Mapping):
+            where = "given timesteps" if config["timesteps"] else f"{config['stride']} stride"
+            return f"{config['anchor']}, eta {config['eta']:g}, {where}"
+        source = config["anchor"].get("class_path", "given coefficients")
+        options = {name: config["anchor"][name] for name in ("set_timesteps", "step") if config["anchor"].get(name)}
+        return f"{source}{' ' + json.dumps(options) if options else ''} (imported)"
+
     def _correction(self, name: Degree) -> Tensor:
         # A zero without dimensions stands for what is not learned.
         return self.corrections[name] if name in self.corrections else torch.zeros((), dtype=torch.float64)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SAMPLER_CARD, SAMPLER_WEIGHTS = "sampler.json", "sampler.safetensors"
+# Given explicitly wherever a scheduler is made: diffusers does not pass defaults on when it converts schedulers.
+NOT_BETAS = "ggdm"
 # A pipeline that does not scale the input of the first call makes an error of this relative size at most.
 UNSCALED_INPUT_TOLERANCE = 1e-3
 
@@ -95,7 +97,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigma_data: float = 1.0,
         num_train_timesteps: int = 1000,
         base_model: str | None = None,
-        beta_schedule: str = "ggdm",
+        beta_schedule: str = NOT_BETAS,
         use_flow_sigmas: bool = False,
     ) -> None:
         tensors = [torch.tensor(value, dtype=torch.float64) for value in (mu, nu, std, pred, timesteps)]
@@ -144,11 +146,12 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             **{name: getattr(coefficients, name).tolist() for name in names},
             prediction_type=sampler.config["prediction_type"],
             logsnrs=schedule.table.tolist(),
-            schedule_timesteps=schedule.grid.tolist(),
+            schedule_timesteps=_none_if_counted(schedule.grid.tolist()),
             scaling=schedule.scaling,
             sigma_data=schedule.sigma_data,
             num_train_timesteps=_num_train_timesteps(schedule.grid.tolist(), schedule.scaling),
             base_model=base_model,
+            beta_schedule=NOT_BETAS,
             use_flow_sigmas=schedule.scaling == "flow",
         )
         return scheduler
@@ -188,11 +191,12 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 init_noise_sigma=float(tensors.get("coefficients.init_noise_sigma", torch.ones(()))),
                 prediction_type=card["config"]["prediction_type"],
                 logsnrs=logsnrs,
-                schedule_timesteps=timesteps,
+                schedule_timesteps=_none_if_counted(timesteps),
                 scaling=scaling,
                 sigma_data=card["schedule"].get("sigma_data", 1.0),
                 num_train_timesteps=_num_train_timesteps(timesteps, scaling),
                 base_model=card["base_model"].get("name"),
+                beta_schedule=NOT_BETAS,
                 use_flow_sigmas=scaling == "flow",
             )
         except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
@@ -382,3 +386,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 def _num_train_timesteps(timesteps: list[float], scaling: str) -> int:
     """As diffusers counts them: t = 0, ..., T - 1 of a discrete schedule, t = 1, ..., T of a flow."""
     return len(timesteps) - (scaling == "flow")
+
+
+def _none_if_counted(timesteps: list[float]) -> list[float] | None:
+    return None if timesteps == list(range(len(timesteps))) else timesteps

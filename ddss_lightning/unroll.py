@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -34,7 +35,7 @@ def unroll(
             call again in the backward pass.
 
     Returns:
-        The last state, x_0, shape (N, C, H, W).
+        The last state, x_0, shape (N, C, H, W). A warning says if it is not finite.
 
     Raises:
         ValueError: an unknown `remat`, noise of a wrong shape, or none where the sampler adds noise.
@@ -65,4 +66,9 @@ def unroll(
         if noise is not None and k < num_steps - 1:
             x_next = x_next + std[k] * noise[k]
         states.append(x_next)
+    if not states[-1].isfinite().all():
+        warnings.warn(
+            "The sampler made images that are not finite; look at `print(sampler)` for states that grow out of scale.",
+            stacklevel=2,
+        )
     return states[-1]

@@ -30,7 +30,8 @@ ALLOWED = {
     "data": {"noise"},
     "module": {"denoisers", "features", "ggdm", "images", "losses", "noise", "unroll"},
     "callbacks": {"features", "ggdm", "images", "metrics", "module", "pictures"},
-    "cli": {"callbacks", "data", "denoisers", "features", "ggdm", "losses", "module", "schedule"},
+    "commands": {"ggdm", "pictures", "scheduler"},
+    "cli": {"commands", "callbacks", "data", "denoisers", "features", "ggdm", "losses", "module", "schedule"},
 }
 LIGHTNING = {"module", "callbacks", "data", "cli"}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}

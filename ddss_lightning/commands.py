@@ -1,0 +1,149 @@
+"""`ddss export` and `ddss inspect`: what can be done with a saved sampler besides running it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ddss_lightning.scheduler as scheduler_module
+from ddss_lightning.ggdm import CARD_NAME, GGDMSampler, read_card
+from ddss_lightning.pictures import mu_figure
+from ddss_lightning.scheduler import GGDMScheduler
+
+# The name under which a pipeline's `model_index.json` refers to the copy of `ddss_lightning/scheduler.py`.
+MODULE_NAME = "scheduler.py"
+
+
+def sampler_folder(path: str | Path) -> Path:
+    """The folder of the sampler in a saved sampler, in the log folder of a fit, or in the folder of its newest run.
+
+    Raises:
+        ValueError: no sampler there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder '{folder}'; give a saved sampler or the log folder of a fit.")
+    for candidate in (folder, folder / "sampler"):
+        if (candidate / CARD_NAME).is_file():
+            return candidate
+    runs = [card.parent for card in folder.glob(f"*/sampler/{CARD_NAME}")]
+    if len(runs) == 1:
+        return runs[0]
+    if runs:
+        names = ", ".join(f"'{run.parent}'" for run in sorted(runs))
+        raise ValueError(f"'{folder}' holds {len(runs)} fits; give one of {names}.")
+    raise ValueError(
+        f"No sampler in '{folder}': neither '{CARD_NAME}' nor 'sampler/{CARD_NAME}' is there. Give a folder written by "
+        "`ddss fit` or `GGDMSampler.save_pretrained`."
+    )
+
+
+def export(sampler: str, output: str, overwrite: bool = False) -> None:
+    """Write a sampler as a diffusers scheduler: `scheduler_config.json`, `scheduler.py` and a card.
+
+    `GGDMScheduler.from_pretrained(output)` reads it. Put into a pipeline's folder as `scheduler/`, with
+    `"scheduler": ["scheduler", "GGDMScheduler"]` in `model_index.json`, it also loads without this package, by
+    `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
+
+    Args:
+        sampler: a saved sampler, or the log folder of a fit.
+        output: a folder; created, parents included.
+        overwrite: replace a scheduler that is already there.
+
+    Raises:
+        ValueError: no sampler, a damaged one, or a scheduler in `output` and `overwrite` is false.
+    """
+    source, folder = sampler_folder(sampler), Path(output)
+    scheduler = GGDMScheduler.from_sampler(
+        GGDMSampler.from_pretrained(source), base_model=read_card(source)["base_model"].get("name")
+    )
+    if not overwrite and (folder / GGDMScheduler.config_name).exists():
+        raise ValueError(f"'{folder}' already holds a scheduler; give another folder or --overwrite=true.")
+    scheduler.save_pretrained(folder)
+    shutil.copyfile(str(scheduler_module.__file__), folder / MODULE_NAME)
+    (folder / "README.md").write_text(_card(scheduler, read_card(source)))
+    print(f"wrote {scheduler.num_steps} steps to '{folder}': {GGDMScheduler.config_name}, {MODULE_NAME}, README.md")
+
+
+def _card(scheduler: GGDMScheduler, card: dict[str, Any]) -> str:
+    base_model = card["base_model"].get("name", "the model it was learned for")
+    return f"""---
+library_name: diffusers
+tags: [ddss, ggdm, scheduler]
+---
+
+# A learned sampler of {scheduler.num_steps} network calls for `{base_model}`
+
+A `GGDMScheduler` of `ddss_lightning` (Watson et al., "Learning Fast Samplers for Diffusion Models by Differentiating
+Through Sample Quality", ICLR 2022). It is good for this model only.
+
+```python
+from ddss_lightning import GGDMScheduler
+
+pipeline.scheduler = GGDMScheduler.from_pretrained("THIS_FOLDER")
+images = pipeline(num_inference_steps={scheduler.num_steps}).images
+```
+
+Without that package: put this folder into the pipeline's as `scheduler/`, write
+`"scheduler": ["scheduler", "GGDMScheduler"]` into its `model_index.json`, and load it with `trust_remote_code=True`,
+which runs `scheduler.py`.
+
+Scores as the sampler's card has them:
+
+```json
+{json.dumps(card["scores"], indent=2)}
+```
+"""
+
+
+def inspect(sampler: str, picture: str | None = None) -> None:
+    """Show what a sampler is: network calls, anchor, what was learned, a table of its steps, and what looks wrong.
+
+    Args:
+        sampler: a saved sampler, or the log folder of a fit.
+        picture: a PNG file for the heat map of mu and nu.
+
+    Raises:
+        ValueError: no sampler there, or a damaged one.
+    """
+    source = sampler_folder(sampler)
+    loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
+    print(loaded)
+    _print_heat_map(loaded)
+    print(f"learned for: {card['base_model'].get('name', 'unknown')}")
+    print(f"scores: {json.dumps(card['scores'])}")
+    if picture:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
+        mu_figure(loaded.coefficients()).savefig(picture, dpi=150)
+        print(f"heat map: '{picture}'")
+
+
+def _print_heat_map(sampler: GGDMSampler) -> None:
+    """Mu and nu as coloured cells: red above zero, blue below, in the colours of `mu_figure`."""
+    from rich.console import Console
+    from rich.text import Text
+
+    coefficients = sampler.coefficients().detach()
+    limit = float(max(coefficients.mu.abs().max(), coefficients.nu.abs().max()))
+    console = Console()
+    if not console.is_terminal:
+        return
+    lines = Text("\n")
+    for k in range(sampler.num_steps):
+        lines.append(f"x_{k + 1:<3d}")
+        for value in [*coefficients.mu[k, : k + 1].tolist(), None, float(coefficients.nu[k])]:
+            if value is None:
+                lines.append(" " + "   " * (sampler.num_steps - 1 - k))
+                continue
+            other = round(255 * (1 - min(1.0, abs(value) / limit) ** 0.5))
+            colour = f"rgb(255,{other},{other})" if value > 0 else f"rgb({other},{other},255)"
+            lines.append("   ", style=f"on {colour}")
+        lines.append("\n")
+    lines.append(f"rows: x_(k+1); columns: x_0 ... x_k, then x0_hat; full colour: +-{limit:.3g}\n")
+    console.print(lines)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "inspect": inspect}

@@ -1,0 +1,209 @@
+"""Learning starts from any sampler: zero corrections are the sampler itself, and what moves keeps what it should."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.probing import probe, rollout_error
+from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.unroll import unroll
+from tests.test_ggdm import move
+
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+SCHEDULERS = [
+    UniPCMultistepScheduler(**LINEAR),
+    HeunDiscreteScheduler(**LINEAR),
+    EulerAncestralDiscreteScheduler(**LINEAR),
+    LCMScheduler(**LINEAR, clip_sample=False),
+    FlowMatchHeunDiscreteScheduler(),
+]
+by_name = pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
+
+
+@by_name
+@pytest.mark.parametrize("parametrization", ["anchored", "ggdm"])
+def test_zero_corrections_are_the_imported_sampler(scheduler, parametrization):
+    start = probe(scheduler, 4)
+    learned = GGDMSampler.from_scheduler(scheduler, 4, parametrization=parametrization)
+    assert set(learned.corrections) == {"mu", "nu", "std", "time"}
+    for name, value in vars(learned.coefficients()).items():
+        torch.testing.assert_close(value, getattr(start, name), rtol=1e-6, atol=1e-9)
+    assert rollout_error(learned.coefficients().detach(), scheduler, 4) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**LINEAR, clip_sample=False),
+        EulerAncestralDiscreteScheduler(**LINEAR),
+        FlowMatchEulerDiscreteScheduler(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_noise_angles_keep_the_marginals_of_one_step_samplers(scheduler):
+    sampler = GGDMSampler.from_scheduler(scheduler, 5, learn=("std",))
+    before = sampler.coefficients()
+    after = move(sampler, 0.3).coefficients()
+    assert (after.std[:-1] != before.std[:-1]).all()
+    for ours, theirs in zip(after.marginals(), before.marginals(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@by_name
+def test_every_degree_reaches_the_images(scheduler):
+    sampler = GGDMSampler.from_scheduler(scheduler, 3, learn=("mu", "nu", "std", "pred", "time"))
+    x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(sampler.num_steps - 1, *x_T.shape, dtype=torch.float64)
+
+    def network(x, t):
+        return torch.tanh(x * (1 + t.reshape(-1, 1, 1, 1).to(x) / 1000))
+
+    sampler(network, x_T, noise=noise).square().sum().backward()
+    for name, value in sampler.corrections.items():
+        assert value.grad.isfinite().all(), name
+        assert value.grad.abs().sum() > 0, name
+
+
+def test_times_move_by_offsets_of_the_log_snr():
+    sampler = GGDMSampler.from_scheduler(UniPCMultistepScheduler(**LINEAR), 4, learn=("time",))
+    before = sampler.timesteps()
+    sampler.corrections["time"].data[1] = 0.3
+    after = sampler.timesteps()
+    assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
+    moved = sampler.schedule.logsnr(after[2]) - sampler.schedule.logsnr(before[2])
+    assert moved.item() == pytest.approx(0.3, abs=1e-6)
+
+
+@by_name
+def test_save_and_load(scheduler, tmp_path):
+    sampler = move(GGDMSampler.from_scheduler(scheduler, 4), 0.05)
+    sampler.save_pretrained(tmp_path / "s")
+    again = GGDMSampler.from_pretrained(tmp_path / "s")
+    assert read_card(tmp_path / "s")["config"]["anchor"]["class_path"] == f"diffusers.{type(scheduler).__name__}"
+    for name, value in vars(again.coefficients()).items():
+        assert torch.equal(value, getattr(sampler.coefficients(), name)), name
+    assert again.schedule.matches(sampler.schedule)
+
+
+def test_loading_needs_no_scheduler(tmp_path):
+    """The card holds the numbers: neither diffusers nor its version matters any more."""
+    sampler = GGDMSampler.from_scheduler(UniPCMultistepScheduler(), 3)
+    sampler.save_pretrained(tmp_path / "s")
+    card = json.loads((tmp_path / "s" / "sampler.json").read_text())
+    card["config"]["anchor"]["class_path"] = "diffusers.ASchedulerThatIsGone"
+    (tmp_path / "s" / "sampler.json").write_text(json.dumps(card))
+    again = GGDMSampler.from_pretrained(tmp_path / "s")
+    assert torch.equal(again.coefficients().mu, sampler.coefficients().mu)
+
+
+def test_what_does_not_fit_an_imported_anchor_is_refused(schedule):
+    anchor = {"class_path": "diffusers.UniPCMultistepScheduler"}
+    with pytest.raises(ValueError, match=r"'logsnr' does not exist in the anchored .* of an imported anchor"):
+        GGDMSampler(schedule, 4, anchor=anchor, learn=("logsnr",))
+    with pytest.raises(ValueError, match="eta, stride and timesteps belong to the anchors 'ddim'"):
+        GGDMSampler(schedule, 4, anchor=anchor, stride="quadratic")
+    with pytest.raises(ValueError, match="coefficients of 4 steps, but num_steps is 5"):
+        GGDMSampler(schedule, 5, anchor=GGDMSampler(schedule, 4, anchor=anchor).config["anchor"])
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        GGDMSampler(schedule, 0, anchor=anchor)
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+
+@st.composite
+def samplers(draw, size=1.5):
+    """Any explicit linear sampler: K steps, weights of all earlier states, of the prediction and of noise."""
+    num_steps = draw(st.integers(1, 5))
+    seed = draw(st.integers(0, 2**32 - 1))
+    scale = draw(st.floats(0.01, size))
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return scale * torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    std = normal(num_steps).abs() * draw(st.booleans())
+    std[-1] = 0
+    timesteps = 999 * torch.rand(num_steps, dtype=torch.float64, generator=g).sort(descending=True).values
+    prior = torch.tensor([0.01, 1.0], dtype=torch.float64)
+    sigma = 1 + torch.rand((), dtype=torch.float64, generator=g)
+    return Coefficients(
+        normal(num_steps, num_steps).tril(), normal(num_steps), std, normal(num_steps, 2), timesteps, prior, sigma
+    )
+
+
+def network(x, t):
+    return torch.tanh(x) + t.reshape(-1, 1, 1, 1).to(x) / 1000
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(coefficients=samplers())
+def test_any_explicit_linear_sampler_survives_saving(coefficients, schedule, tmp_path_factory):
+    sampler = GGDMSampler.from_coefficients(schedule, coefficients)
+    folder = tmp_path_factory.mktemp("s") / "s"
+    sampler.save_pretrained(folder)
+    x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = (
+        torch.randn(coefficients.num_steps - 1, *x_T.shape, dtype=torch.float64) if coefficients.num_steps > 1 else None
+    )
+    expected = unroll(network, coefficients, x_T, noise)
+    again = GGDMSampler.from_pretrained(folder)(network, x_T, noise=noise)
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(coefficients=samplers(size=1e12), dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_images_that_are_not_finite_come_with_a_warning(coefficients, dtype):
+    x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = torch.ones(coefficients.num_steps - 1, *x_T.shape, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x_0 = unroll(lambda x, t: x**3, coefficients, x_T, noise)
+    assert bool(x_0.isfinite().all()) == (not [w for w in caught if "not finite" in str(w.message)])
+    a, std = coefficients.marginals()
+    if not a.isfinite().all() or a.abs().max() > 100 or std.max() > 100:
+        assert coefficients.problems()
+
+
+# --------------------------------------------------------------------------------------------------------- at a glance
+
+
+def test_print_shows_what_the_sampler_is(schedule):
+    text = str(GGDMSampler(schedule, 5, stride="quadratic"))
+    assert "5 network calls, epsilon, anchored" in text
+    assert "anchor: dpmpp_2m, eta 0, quadratic stride" in text
+    assert "learned: logsnr (4), mu (15), nu (5), std (4), time (4)" in text
+    assert " 0   999.000   -5.059   0.0064   1.0000       0.0000  +0.119  +0.992 x_0" in text
+    assert " 5     image              1.0000   0.0000" in text
+    assert "warning" not in text
+    imported = str(GGDMSampler.from_scheduler(DDIMScheduler(clip_sample=False), 3, step={"eta": 1.0}, learn=()))
+    assert 'anchor: diffusers.DDIMScheduler {"step": {"eta": 1.0}} (imported)' in imported
+    assert "learned: nothing" in imported
+    flow = GGDMSampler.from_scheduler(FlowMatchHeunDiscreteScheduler(), 3)
+    assert NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler()).matches(flow.schedule)
+
+
+def test_print_warns_of_marginals_out_of_range(schedule):
+    sampler = GGDMSampler(schedule, 4, learn=("mu", "nu"))
+    sampler.corrections["nu"].data[1] = 30.0
+    assert "warning: x_2: the state grows out of scale (a = 30.3" in str(sampler)
+    sampler.corrections["nu"].data[:] = torch.tensor([0, 0, 0, -0.9])
+    assert "warning: x_4: the image is at" in str(sampler)
+    sampler.corrections["nu"].data[:] = 0
+    sampler.corrections["mu"].data[-1] = 10.0
+    assert "is left in the image" in str(sampler)

@@ -1,0 +1,78 @@
+"""`ddss export` and `ddss inspect` on saved samplers and on the output of fits."""
+
+import json
+import shutil
+
+import pytest
+
+from ddss_lightning.cli import main
+from ddss_lightning.commands import sampler_folder
+from ddss_lightning.scheduler import GGDMScheduler
+from tests.conftest import ROOT
+
+SAMPLER = str(ROOT / "checkpoints" / "digits-ggdm-5")
+
+
+@pytest.fixture
+def fits(tmp_path):
+    """The log folder of a recipe with two fits."""
+    for version in (0, 1):
+        shutil.copytree(SAMPLER, tmp_path / "digits" / f"version_{version}" / "sampler")
+    return tmp_path / "digits"
+
+
+def test_inspect_shows_steps_scores_and_draws(tmp_path, capsys):
+    main(["inspect", SAMPLER, "--picture", str(tmp_path / "new" / "mu.png")])
+    out = capsys.readouterr().out
+    assert "GGDMSampler: 5 network calls" in out
+    assert "learned for: checkpoints/digits-ddpm" in out
+    assert json.loads(out.split("scores: ")[1].splitlines()[0])["validation_images"] == 4000
+    assert (tmp_path / "new" / "mu.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_inspect_colours_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    main(["inspect", SAMPLER])
+    out = capsys.readouterr().out
+    assert "rows: x_(k+1); columns: x_0 ... x_k, then x0_hat; full colour: +-1.3" in out
+    assert "\x1b[48;2;255;0;0m" in out
+
+
+def test_export_of_a_fit(fits, tmp_path, capsys):
+    output = tmp_path / "out"
+    main(["export", str(fits / "version_1"), str(output)])
+    assert f"wrote 5 steps to '{output}'" in capsys.readouterr().out
+    assert GGDMScheduler.from_pretrained(output).config.base_model == "checkpoints/digits-ddpm"
+    before = (output / "scheduler_config.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["export", SAMPLER, str(output)])
+    assert "already holds a scheduler; give another folder or --overwrite=true" in capsys.readouterr().err
+    assert (output / "scheduler_config.json").read_bytes() == before
+    main(["export", SAMPLER, str(output), "--overwrite=true"])
+
+
+def test_where_the_sampler_is(fits):
+    assert sampler_folder(fits / "version_0") == fits / "version_0" / "sampler"
+    with pytest.raises(ValueError, match="holds 2 fits; give one of"):
+        sampler_folder(fits)
+    shutil.rmtree(fits / "version_1")
+    assert sampler_folder(fits) == fits / "version_0" / "sampler"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["export"], "required: sampler, output"),
+        (["export", "nowhere", "x"], "There is no folder 'nowhere'"),
+        (["inspect", str(ROOT / "recipes")], "neither 'sampler.json' nor 'sampler/sampler.json' is there"),
+        (["inspect", SAMPLER, "--colour=red"], "colour"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
