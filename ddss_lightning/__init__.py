@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ddss_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
     from ddss_lightning.features import ConvFeatures, FeatureExtractor
+    from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import KIDLoss
     from ddss_lightning.module import DDSSModule
@@ -26,6 +27,7 @@ _ROOMS = {
     "data": ("DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
     "features": ("ConvFeatures", "FeatureExtractor"),
+    "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("KIDLoss",),
     "module": ("DDSSModule",),
@@ -44,6 +46,7 @@ __all__ = [
     "FeatureExtractor",
     "GGDMSampler",
     "GGDMScheduler",
+    "GaussNewton",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
+from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.noise import draw_noise, generator_for, held_out_noise
 from ddss_lightning.unroll import REMATS, Remat
 
 FROZEN = ("denoiser.", "features.", "loss.")
-TIME_DEGREES = ("time", "logsnr")
 
 
 class DDSSModule(LightningModule):
@@ -32,6 +33,10 @@ class DDSSModule(LightningModule):
     and round straight through, take the features of the frozen network phi, compare with real ones, and
     backpropagate through the whole chain. Under DDP the features of all processes are gathered with their gradient,
     so that the loss is the KID of the global batch.
+
+    With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
+    with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
+    schedule and clipping then play no part.
 
     Validation, test and prediction generate images from held-out noise given by index; callbacks score them.
 
@@ -51,6 +56,7 @@ class DDSSModule(LightningModule):
         gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
         ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
         remat: `none` or `denoiser`, see `unroll`.
+        gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
 
     Raises:
@@ -74,6 +80,7 @@ class DDSSModule(LightningModule):
         gradient_clip_norm: float = 1.0,
         ema_decay: float = 0.9,
         remat: Remat = "none",
+        gauss_newton: GaussNewton | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -84,7 +91,8 @@ class DDSSModule(LightningModule):
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
         if remat not in REMATS:
             raise ValueError(f"Unknown remat '{remat}'; choose one of {', '.join(REMATS)}.")
-        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss"])
+        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
+        self.gauss_newton = gauss_newton
         self.denoiser = denoiser.freeze()
         self.features = features.freeze()
         self.sampler = sampler
@@ -186,7 +194,9 @@ class DDSSModule(LightningModule):
         return to_pixels(sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
-        """KID of one batch of fresh samples."""
+        """KID of one batch of fresh samples, or a Gauss-Newton step."""
+        if self.gauss_newton is not None:
+            return self._gauss_newton_step(self.gauss_newton)
         generator = generator_for("train", self.seed, self.global_step, self.global_rank)
         shape = (self.batch_size, *self.denoiser.image_shape)
         features = self.features(self.generate(*draw_noise(shape, self.sampler.num_steps, generator)))
@@ -201,6 +211,32 @@ class DDSSModule(LightningModule):
         loss: Tensor = self.loss(features, real)
         self.log("train/kid", loss, prog_bar=True)
         return loss
+
+    def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
+        distance = FrechetResidual(self.real_features(), method.rank)
+
+        def moments(purpose: str, num_images: int, rounded: bool) -> Tensor:
+            """Of samples from noise of this step, the mean over processes; differences see images that are smooth."""
+            generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
+            parts, sizes = [], [len(part) for part in torch.arange(num_images).split(self.batch_size)]
+            for size in sizes:
+                x_T, noise = draw_noise((size, *self.denoiser.image_shape), self.sampler.num_steps, generator)
+                x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise.to(self.device))
+                parts.append(distance.moments(self.features(to_pixels(x_0) if rounded else x_0.clamp(-1, 1))) * size)
+            mean = torch.stack(parts).sum(0) / num_images
+            return torch.stack(list(self.all_gather(mean))).mean(0) if self.trainer.world_size > 1 else mean
+
+        delta, found = method.step(
+            {name: value.data for name, value in self.sampler.corrections.items()},
+            distance,
+            lambda: moments("differences", self.batch_size, rounded=False),
+            lambda: moments("residual", method.residual_images, rounded=True),
+        )
+        for name, value in found.items():
+            self.log(f"train/{name}", value, prog_bar=name == "distance")
+        # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
+        linear = sum((-delta[name] * value).sum() for name, value in self.sampler.corrections.items())
+        return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
         """Drop a gradient that is not finite: the step changes nothing, is counted and reported."""
@@ -223,7 +259,9 @@ class DDSSModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the Trainer's settings, or to `gradient_clip_norm`."""
+        """Clip by the Trainer's settings, or to `gradient_clip_norm`. Gauss-Newton steps have a length of their own."""
+        if self.gauss_newton is not None:
+            return
         if gradient_clip_val is None:
             gradient_clip_val, gradient_clip_algorithm = self.gradient_clip_norm, "norm"
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -236,7 +274,7 @@ class DDSSModule(LightningModule):
                 mean.lerp_(value, 1 - decay)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of a dozen types
-        """Adam with one group for times and one for corrections; linear warm-up, cosine decay."""
+        """Adam with one group for times and one for corrections; linear warm-up, cosine decay. Or Gauss-Newton."""
         named = list(self.sampler.corrections.items())
         groups = [
             {"params": [p for name, p in named if (name in TIME_DEGREES) == times], "lr": lr, "name": label}
@@ -250,6 +288,8 @@ class DDSSModule(LightningModule):
             )
         if not groups:
             raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
+        if self.gauss_newton is not None:
+            return SGD(self.sampler.parameters(), lr=1.0)
         optimizer = Adam(groups, betas=self.betas)
         total = float(self.trainer.estimated_stepping_batches)
 

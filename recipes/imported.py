@@ -34,7 +34,7 @@ from ddss_lightning.solvers import stride_timesteps
 
 ROOT = Path(__file__).parent.parent
 SPACINGS = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
-SIGMAS = [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
+SIGMAS = [{"use_karras_sigmas": True}]
 # Name in the table -> class, its options, the spacings it offers.
 SOLVERS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "DDPM": ("DDPMScheduler", {"clip_sample": False}, SPACINGS),
@@ -47,11 +47,11 @@ SOLVERS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}, SPACINGS),
     "DEIS 2": ("DEISMultistepScheduler", {"solver_order": 2}, SPACINGS + SIGMAS),
     "DEIS 3": ("DEISMultistepScheduler", {"solver_order": 3}, SPACINGS + SIGMAS),
-    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}, SPACINGS + SIGMAS + [{"use_lu_lambdas": True}]),
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}, SPACINGS + SIGMAS),
     "DPM-Solver++ 3M": (
         "DPMSolverMultistepScheduler",
         {"solver_order": 3},
-        SPACINGS + SIGMAS + [{"use_lu_lambdas": True}],
+        SPACINGS + SIGMAS,
     ),
     "DPM-Solver++ 2S": ("DPMSolverSinglestepScheduler", {"solver_order": 2}, [{}, *SIGMAS]),
     "UniPC 2": ("UniPCMultistepScheduler", {"solver_order": 2}, SPACINGS + SIGMAS),

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py in one and in two processes; prints scores and the first gradient as JSON."""
+"""Run by test_ddp.py in one and in two processes; prints scores and the first gradient (or step) as JSON."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import ddss_lightning.module as module_file
-from ddss_lightning import DigitsDataModule, SampleQuality, SamplerPictures
+from ddss_lightning import DigitsDataModule, GaussNewton, SampleQuality, SamplerPictures
 from ddss_lightning.noise import draw_noise, generator_for
 from tests.test_module import make
 
@@ -26,6 +26,8 @@ def noise_of_two_ranks(shape, num_steps, key):
 
 def main(world_size):
     module = make()
+    if sys.argv[3] == "gauss_newton":
+        module.gauss_newton = GaussNewton(residual_images=16 // world_size)
     gradients = {}
 
     def keep_gradients(_):

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.conftest import ROOT
 
 
-def run(world_size, folder):
-    command = [sys.executable, "-m", "tests.ddp_script", str(world_size), str(folder)]
+def run(world_size, folder, method):
+    command = [sys.executable, "-m", "tests.ddp_script", str(world_size), str(folder), method]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -19,8 +20,9 @@ def run(world_size, folder):
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-def test_two_processes_are_one_process(tmp_path):
-    one, two = run(1, tmp_path / "one"), run(2, tmp_path / "two")
+@pytest.mark.parametrize("method", ["kid", "gauss_newton"])
+def test_two_processes_are_one_process(tmp_path, method):
+    one, two = run(1, tmp_path / "one", method), run(2, tmp_path / "two", method)
     assert len(list((tmp_path / "two").rglob("sampler.json"))) == 1
     assert len(list((tmp_path / "two").rglob("samples.png"))) == 1
     assert one["images"] == two["images"] == 25
