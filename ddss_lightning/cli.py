@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
 from ddss_lightning.commands import COMMANDS
+from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
@@ -107,8 +108,8 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         seed_everything_default=0,
         parser_kwargs={
             "exit_on_error": False,
-            "description": "Learn and use fast samplers. Besides the subcommands below: `ddss export SAMPLER OUTPUT` "
-            "writes a sampler for diffusers, `ddss inspect SAMPLER` shows what it is; both take --help.",
+            "description": "Learn and use fast samplers. Besides the subcommands below: `ddss compare` scores "
+            "samplers, `ddss export` writes one for diffusers, `ddss inspect` shows what it is; all take --help.",
         },
         args=args,
         run=run,
@@ -122,6 +123,10 @@ def main(args: list[str] | None = None) -> None:
         if args and args[0] in COMMANDS:
             command = COMMANDS[args[0]]
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
+        elif args and args[0] == "compare":
+            arguments, others = parse(args[1:])
+            cli = command_line(["--config", arguments.config, *others], run=False)
+            compare(cli.model, cli.datamodule, cli.trainer, arguments)
         else:
             command_line(args)
     except Exception as error:

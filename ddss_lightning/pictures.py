@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -86,4 +86,53 @@ def times_figure(steps: Sequence[int], logsnrs: Sequence[Sequence[float]], times
         axes.set_xlabel("training step")
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
+    return figure
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """FID against the number of network calls, one line a sampler; the band spans the seeds.
+
+    Args:
+        rows: each with `sampler`, `nfe`, `seed` and `fid`. Learned samplers, named `learned (...)`, are one line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(_family(row["sampler"]) for row in rows):
+        mine = [row for row in rows if _family(row["sampler"]) == name]
+        nfes = sorted({row["nfe"] for row in mine})
+        values = [[row["fid"] for row in mine if row["nfe"] == nfe] for nfe in nfes]
+        learned = name == "learned"
+        (line,) = axes.plot(nfes, [np.mean(v) for v in values], "o-", label=name, linewidth=2.5 if learned else 1.2)
+        axes.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["nfe"] for row in rows}))
+    axes.set_xlabel("network calls")
+    axes.set_ylabel("FID")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _family(name: str) -> str:
+    return "learned" if name.startswith("learned") else name
+
+
+def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure:
+    """Grids of images side by side.
+
+    Args:
+        grids: (title, images of shape (N, C, H, W) in [-1, 1]).
+        title: of the whole.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(grids), 3.5), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
+        grid = image_grid(images, columns=8, scale=4).permute(1, 2, 0).numpy()
+        axes.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)))
+        axes.set_title(name, fontsize=11)
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=12)
     return figure

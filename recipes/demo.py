@@ -32,7 +32,7 @@ from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
-from ddss_lightning.pictures import image_grid
+from ddss_lightning.pictures import comparison_figure
 from ddss_lightning.solvers import STRIDES
 
 SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
@@ -169,16 +169,8 @@ def write_table(rows: list[dict[str, Any]], report: dict[str, Any], output: Path
 
 def draw(rows: list[dict[str, Any]], results: dict[Any, Any], report: dict[str, Any], path: Path) -> None:
     """Grids side by side, all from the same noise."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(rows), 3.5), layout="constrained")
-    for axes, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
-        grid = image_grid(results[row["sampler"], row["stride"]][1], columns=8, scale=4)
-        axes.imshow(grid.permute(1, 2, 0).expand(-1, -1, 3).numpy())
-        axes.set_title(f"{row['sampler']}\nFID {row['fid']:.1f}", fontsize=11)
-        axes.set_axis_off()
-    figure.suptitle(f"{report['nfe']} network calls, same noise", fontsize=12)
-    figure.savefig(path, dpi=100)
+    grids = [(f"{row['sampler']}\nFID {row['fid']:.1f}", results[row["sampler"], row["stride"]][1]) for row in rows]
+    comparison_figure(grids, f"{report['nfe']} network calls, same noise").savefig(path, dpi=100)
 
 
 CARD = """---

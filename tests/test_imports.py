@@ -32,9 +32,21 @@ ALLOWED = {
     "module": {"denoisers", "features", "gauss_newton", "ggdm", "images", "losses", "noise", "unroll"},
     "callbacks": {"features", "ggdm", "images", "metrics", "module", "pictures"},
     "commands": {"ggdm", "pictures", "scheduler"},
-    "cli": {"commands", "callbacks", "data", "denoisers", "features", "ggdm", "losses", "module", "schedule"},
+    "compare": {"callbacks", "data", "ggdm", "images", "module", "noise", "pictures", "solvers"},
+    "cli": {
+        "commands",
+        "compare",
+        "callbacks",
+        "data",
+        "denoisers",
+        "features",
+        "ggdm",
+        "losses",
+        "module",
+        "schedule",
+    },
 }
-LIGHTNING = {"module", "callbacks", "data", "cli"}
+LIGHTNING = {"module", "callbacks", "data", "compare", "cli"}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}
 
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and of the pages in docs/ runs as it stands."""
 
 import re
 
@@ -7,22 +7,25 @@ import pytest
 
 from tests.conftest import ROOT
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def run(tmp_path, monkeypatch):
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def run(page, tmp_path, monkeypatch):
     """All blocks in order, in a folder where `checkpoints` is the shipped one and `runs` is new."""
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    for block in BLOCKS:
+    for block in blocks(page):
         exec(block, scope)
-    assert (tmp_path / "runs" / "my-sampler" / "sampler.json").is_file()
-    assert scope["images"].shape == (64, 1, 8, 8)
     return scope
 
 
-def test_python_examples_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
     """Every line as it stands, but the Trainer takes two steps instead of 300 and validates on two batches."""
 
     class ShortTrainer(lightning.pytorch.Trainer):
@@ -30,12 +33,16 @@ def test_python_examples_run(tmp_path, monkeypatch):
             super().__init__(**{**options, "max_steps": 2, "limit_val_batches": 1, "limit_train_batches": 2})
 
     monkeypatch.setattr(lightning.pytorch, "Trainer", ShortTrainer)
-    assert len(BLOCKS) == 2
-    run(tmp_path, monkeypatch)
+    assert blocks(page)
+    scope = run(page, tmp_path, monkeypatch)
+    if page.name == "README.md":
+        assert (tmp_path / "runs" / "my-sampler" / "sampler.json").is_file()
+        assert len(scope["images"]) == 4
+        assert scope["sampler"].num_steps == 5
 
 
 @pytest.mark.slow
 def test_python_examples_run_whole(tmp_path, monkeypatch):
-    scope = run(tmp_path, monkeypatch)
+    scope = run(ROOT / "README.md", tmp_path, monkeypatch)
     (quality,) = [c for c in scope["module"].trainer.callbacks if isinstance(c, scope["SampleQuality"])]
     assert quality.best["fid"] < quality.initial["fid"]
