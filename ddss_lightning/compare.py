@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.data import ImageDataModule
@@ -269,7 +270,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, arguments: argparse.Namespace) -> None:
-    """Score everything, write `table.md`, `table.json`, `fid.png` and `samples-*.png` into the output folder.
+    """Score everything, write `table.md`, `table.json`, pictures and TensorBoard logs into the output folder.
 
     Raises:
         ValueError: a sampler of another model, scores of another protocol in the output folder, or nothing to compare.
@@ -310,12 +311,16 @@ def _write(
     text = markdown(rows, protocol)
     (output / "table.md").write_text(text)
     (output / "table.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
-    curves_figure(rows).savefig(output / "fid.png", dpi=150)
+    figures = {"fid": curves_figure(rows)}
     for nfe in arguments.steps:
         seed = arguments.seeds[0]
         mine = [(r, c) for r, c in zip(rows, candidates, strict=True) if (r["nfe"], r["seed"]) == (nfe, seed)]
         if mine:
             grids = [(f"{row['sampler']}\nFID {row['fid']:.2f}", judge.images(each, seed)) for row, each in mine]
-            comparison_figure(grids, f"{nfe} network calls, same noise").savefig(output / f"samples-{nfe}.png", dpi=120)
+            figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
+    with SummaryWriter(str(output / "tensorboard")) as writer:
+        for name, figure in figures.items():
+            figure.savefig(output / f"{name}.png", dpi=120)
+            writer.add_figure(name, figure)
     print(text)
-    print(f"wrote table.md, table.json, fid.png, samples-*.png and scores.json to '{output}'")
+    print(f"wrote table.md, table.json, fid.png, samples-*.png, scores.json and tensorboard/ to '{output}'")

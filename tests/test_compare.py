@@ -44,7 +44,9 @@ def finished(tmp_path_factory):
 def test_what_it_writes(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
-    assert names == {"scores.json", "table.md", "table.json", "fid.png", "samples-2.png", "samples-5.png"}
+    assert names == {
+        "scores.json", "table.md", "table.json", "fid.png", "samples-2.png", "samples-5.png", "tensorboard"
+    }  # fmt: skip
     table = json.loads((folder / "table.json").read_text())
     rows = {(row["sampler"], row["nfe"], row["seed"]) for row in table["rows"]}
     # Heun's method makes odd numbers of calls; the learned sampler makes 5.
@@ -104,10 +106,13 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(finished, tmp_path
     assert (tmp_path / "killed" / "table.json").read_bytes() == (folder / "table.json").read_bytes()
 
 
-def test_two_processes_find_the_same_scores(finished, tmp_path):
+@pytest.mark.parametrize(
+    "launcher", [[], ["torch.distributed.run", "--nproc_per_node=2", "-m"]], ids=["ddss", "torchrun"]
+)
+def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
     folder, _ = finished
     flags = ["--steps", "5", "--solvers", "DDIM", "--seeds", "3", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    arguments = [sys.executable, "-m", "ddss_lightning.cli", *command(tmp_path / "two", *flags)]
+    arguments = [sys.executable, "-m", *launcher, "ddss_lightning.cli", *command(tmp_path / "two", *flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

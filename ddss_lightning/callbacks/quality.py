@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -189,6 +190,11 @@ class SampleQuality(Callback):
             return
         pl_module.averaged.load_state_dict(self.best_sampler)
         pl_module.sampler.load_state_dict(self.best_sampler)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(
+                    dict(pl_module.hparams), {f"best/{name}": value for name, value in self.best.items()}
+                )
         where = "" if getattr(trainer, "fast_dev_run", False) else f", saved in '{self.folder(trainer)}'"
         rank_zero_info(
             f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"

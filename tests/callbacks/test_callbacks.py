@@ -27,6 +27,8 @@ def test_scores_and_pictures_reach_tensorboard(tmp_path):
     tags = events.Tags()
     assert {"val/fid", "val/kid", "val/is", "val/best_fid", "train/kid", "train/grad_norm"} <= set(tags["scalars"])
     assert {"samples", "mu", "times"} <= set(tags["images"])
+    # The table of hyperparameters shows the scores of the sampler that was kept.
+    assert events.Scalars("best/fid")[-1].value == pytest.approx(quality.best["fid"], rel=1e-6)
     assert len(events.Scalars("val/fid")) == 2
     best = min([quality.initial["fid"], *(event.value for event in events.Scalars("val/fid"))])
     assert quality.best["fid"] == pytest.approx(best, rel=1e-6)
