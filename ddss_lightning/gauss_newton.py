@@ -61,6 +61,7 @@ class GaussNewton:
         distance: FrechetResidual,
         small: Callable[[], Tensor],
         large: Callable[[], Tensor],
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The step from the present parameters, which are left as they are.
 
@@ -70,18 +71,21 @@ class GaussNewton:
             small: moments (`distance.moments`) of a batch of samples with the present values of the parameters, always
                 from the same noise, for J.
             large: the same of many samples, for r.
+            progress: told the number of differences done and to be done.
 
         Returns:
             name -> step, and what was found: `distance`, `expected_distance`, `damping` (0 if no step is taken).
         """
         start = {name: value.clone() for name, value in parameters.items()}
         base, columns = distance.residual(small()), []
+        total = sum(value.numel() for value in start.values())
         for name, value in parameters.items():
             size = self.time_difference if name in TIME_DEGREES else self.difference
             for index in range(value.numel()):
                 value.view(-1)[index] += size
                 columns.append((distance.residual(small()) - base) / size)
                 value.view(-1)[index] = start[name].view(-1)[index]
+                progress(len(columns), total)
         jacobian = torch.stack(columns, 1)
         residual = distance.residual(large())
         found = {"distance": float(residual @ residual), "damping": 0.0}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
@@ -231,12 +232,18 @@ class DDSSModule(LightningModule):
             distance,
             lambda: moments("differences", self.batch_size, rounded=False),
             lambda: moments("residual", method.residual_images, rounded=True),
+            self._report_differences,
         )
         for name, value in found.items():
             self.log(f"train/{name}", value, prog_bar=name == "distance")
         # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
         linear = sum((-delta[name] * value).sum() for name, value in self.sampler.corrections.items())
         return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
+
+    def _report_differences(self, done: int, total: int) -> None:
+        # A step takes minutes: say at every tenth where it is.
+        if done * 10 // total > (done - 1) * 10 // total:
+            rank_zero_info(f"step {self.global_step}: {done} of {total} differences")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
         """Drop a gradient that is not finite: the step changes nothing, is counted and reported."""

@@ -189,7 +189,8 @@ def run_scheduler(
             raise
         except Exception as error:  # whatever a scheduler raises that is not made for this loop
             raise ValueError(
-                f"{name} does not run in the loop of a pipeline (set_timesteps, scale_model_input, step): {error!r}"
+                f"{name} does not run in the loop of a pipeline (set_timesteps, scale_model_input, step): {error!r}. "
+                "Only schedulers of that loop can be imported, such as UniPCMultistepScheduler."
             ) from error
     return [*states, x], torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
 
