@@ -68,6 +68,8 @@ class ImportedAnchor(nn.Module):
         x_{k+1} = a_{k+1} \hat x_0^{(k)} + \frac{\cos \theta'_k}{\cos \theta_k} E_k
         + v_{k+1}^{1/2} |\sin \theta'_k| z_k, \qquad \theta'_k = \theta_k + \mathrm{angle}_k.
 
+    A step that is all noise (theta_k = pi/2, as in LCM) is a stationary point: its noise is not learned.
+
     Args:
         coefficients: of K steps.
         schedule: of the model.
@@ -108,7 +110,9 @@ class ImportedAnchor(nn.Module):
         start = self.start()
         if angles.ndim == 0:
             return start
-        angles_0 = torch.asin((start.std[:-1] / self.marginal_std).clamp(max=1))
+        # A state without noise stays without: its angle is 0.
+        share = start.std[:-1] / torch.where(self.marginal_std > 0, self.marginal_std, 1.0)
+        angles_0 = torch.asin(share.clamp(max=1))
         moved = angles_0 + angles
         # A step that is all noise has no other part to stretch.
         ratio = torch.where(angles_0.cos() > 1e-6, moved.cos() / angles_0.cos(), 1.0)

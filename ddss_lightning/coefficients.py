@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -110,6 +110,27 @@ class Coefficients:
     def to_lists(self) -> dict[str, Any]:
         """All numbers as nested lists, exact: for JSON."""
         return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
+
+    def with_marginal_pair(self, prediction_type: PredictionType) -> Coefficients:
+        """The same sampler with the pair of Theorem 1: `prediction_pair` at each state's marginal (a_k, v_k^(1/2)).
+
+        The weights of x_k and of the output in each update stay; mu_kk and nu_k are split anew. Not differentiable.
+        """
+        current = self.detach()
+        weights = current.mu + torch.diag(current.nu * current.pred[:, 0])
+        output_weight = current.nu * current.pred[:, 1]
+        mu, nu, pred = weights.clone(), torch.zeros_like(current.nu), torch.zeros_like(current.pred)
+        # Rows are states; column 0 is the part of x_0 in them, the others are independent noises.
+        marginal = weights.new_zeros(self.num_steps + 1, self.num_steps + 2)
+        marginal[0, :2] = current.prior
+        for k in range(self.num_steps):
+            pred[k] = prediction_pair(prediction_type, marginal[k, 0], marginal[k, 1:].norm())
+            nu[k] = output_weight[k] / pred[k, 1]
+            mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
+            marginal[k + 1] = mu[k] @ marginal[:-1]
+            marginal[k + 1, 0] += nu[k]
+            marginal[k + 1, k + 2] += current.std[k]
+        return replace(current, mu=mu, nu=nu, pred=pred)
 
     def problems(self) -> list[str]:
         """What looks wrong about the marginals of Theorem 1; empty for a sane sampler.

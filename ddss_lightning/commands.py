@@ -18,10 +18,10 @@ MODULE_NAME = "scheduler.py"
 
 
 def sampler_folder(path: str | Path) -> Path:
-    """The folder of the sampler in a saved sampler, in the log folder of a fit, or in the folder of its newest run.
+    """The folder of the sampler: `path` itself, or that in the log folder of a fit, or in a folder with one fit.
 
     Raises:
-        ValueError: no sampler there.
+        ValueError: no sampler there, or those of several fits.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -51,17 +51,18 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
     Args:
         sampler: a saved sampler, or the log folder of a fit.
         output: a folder; created, parents included.
-        overwrite: replace a scheduler that is already there.
+        overwrite: replace files that are already there.
 
     Raises:
-        ValueError: no sampler, a damaged one, or a scheduler in `output` and `overwrite` is false.
+        ValueError: no sampler, a damaged one, or one of these files in `output` and `overwrite` is false.
     """
     source, folder = sampler_folder(sampler), Path(output)
     scheduler = GGDMScheduler.from_sampler(
         GGDMSampler.from_pretrained(source), base_model=read_card(source)["base_model"].get("name")
     )
-    if not overwrite and (folder / GGDMScheduler.config_name).exists():
-        raise ValueError(f"'{folder}' already holds a scheduler; give another folder or --overwrite=true.")
+    present = [name for name in (GGDMScheduler.config_name, MODULE_NAME, "README.md") if (folder / name).exists()]
+    if present and not overwrite:
+        raise ValueError(f"'{folder}' already holds {', '.join(present)}; give another folder or --overwrite=true.")
     scheduler.save_pretrained(folder)
     shutil.copyfile(str(scheduler_module.__file__), folder / MODULE_NAME)
     (folder / "README.md").write_text(_card(scheduler, read_card(source)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,22 +14,27 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ddss_lightning.callbacks import SampleQuality
+from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure
-from ddss_lightning.solvers import STRIDES
+from ddss_lightning.solvers import STRIDES, stride_timesteps
 
 SPACINGS = ("linspace", "leading", "trailing")
 GRID_IMAGES = 64
+# Classes whose `set_timesteps` takes explicit timesteps; quadratic ones are filled in when their number is known.
+TAKE_TIMESTEPS = ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler")
+QUADRATIC = {"timesteps": "quadratic"}
 
 
 def _formula(anchor: str, eta: float = 0.0) -> list[dict[str, Any]]:
@@ -38,7 +44,10 @@ def _formula(anchor: str, eta: float = 0.0) -> list[dict[str, Any]]:
 def _imported(class_name: str, **init_args: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     options = [{"timestep_spacing": spacing} for spacing in SPACINGS] + [{"use_karras_sigmas": True}]
     path = f"diffusers.{class_name}"
-    return [{"anchor": {"class_path": path, "init_args": {**init_args, **option}}} for option in options]
+    anchors = [{"class_path": path, "init_args": {**init_args, **option}} for option in options]
+    if class_name in TAKE_TIMESTEPS:
+        anchors.append({"class_path": path, "init_args": init_args, "set_timesteps": QUADRATIC})
+    return [{"anchor": anchor} for anchor in anchors]
 
 
 # Name -> the ways of placing its network calls, each the arguments of a GGDMSampler; the best is taken.
@@ -53,7 +62,7 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "LMS": _imported("LMSDiscreteScheduler"),
     "PNDM": _imported("PNDMScheduler", skip_prk_steps=True)[:-1],
 }
-DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DEIS", "UniPC")
+DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC")
 
 
 @dataclass(frozen=True)
@@ -71,36 +80,63 @@ class Candidate:
         return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
+class NoSuchCallsError(ValueError):
+    """A solver cannot make the number of network calls that was asked for."""
+
+
 def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate]:
-    """All placements of a solver that make exactly `nfe` network calls; none if it cannot (Heun: odd numbers only)."""
-    found = []
+    """All placements of a solver that make exactly `nfe` network calls.
+
+    Raises:
+        NoSuchCallsError: there is none (Heun makes odd numbers of calls only), with the reason of the last one tried.
+    """
+    found, reason = [], ""
     for options in SOLVERS[name]:
         arguments: dict[str, Any] = {"learn": (), "prediction_type": module.denoiser.prediction_type, **options}
         try:
+            if isinstance(options["anchor"], dict):
+                arguments["anchor"] = _with_timesteps(options["anchor"], module, nfe)
             sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
-        except ValueError:
+        except ValueError as error:
+            reason = str(error)
             continue
-        anchor = options["anchor"]
-        spacing = options.get("stride") or ", ".join(
-            str(value) if isinstance(value, str) else key
-            for key, value in anchor["init_args"].items()
-            if key in ("timestep_spacing", "use_karras_sigmas")
-        )
-        found.append(Candidate(name, nfe, spacing, sampler))
+        found.append(Candidate(name, nfe, _spacing(options), sampler))
+    if not found:
+        raise NoSuchCallsError(f"{name} does not make {nfe} network calls: {reason}")
     return found
+
+
+def _with_timesteps(anchor: dict[str, Any], module: DDSSModule, nfe: int) -> dict[str, Any]:
+    if anchor.get("set_timesteps") is not QUADRATIC:
+        return anchor
+    steps = (nfe + 1) // 2 if "Heun" in anchor["class_path"] else nfe
+    timesteps = [round(t) for t in stride_timesteps(module.denoiser.schedule, steps, "quadratic").tolist()]
+    return {**anchor, "set_timesteps": {"timesteps": timesteps}}
+
+
+def _spacing(options: dict[str, Any]) -> str:
+    anchor = options["anchor"]
+    if not isinstance(anchor, dict):
+        return str(options["stride"])
+    if "set_timesteps" in anchor:
+        return "quadratic"
+    init_args = anchor["init_args"]
+    return "karras" if init_args.get("use_karras_sigmas") else str(init_args["timestep_spacing"])
 
 
 def learned_candidates(module: DDSSModule, folders: list[str]) -> list[Candidate]:
     """Samplers from disk, checked against the model.
 
     Raises:
-        ValueError: nothing there, or a sampler that was learned for another model.
+        ValueError: nothing there, a sampler that was learned for another model, or one folder twice.
     """
     found = []
     for folder in folders:
-        module.load_sampler(folder)
-        nfe = int(read_card(folder)["nfe"])
-        found.append(Candidate(f"learned ({Path(folder).name})", nfe, "learned", module.sampler))
+        path = sampler_folder(folder)
+        if folders.count(folder) > 1:
+            raise ValueError(f"'{folder}' is given {folders.count(folder)} times; give every sampler once.")
+        module.load_sampler(path)
+        found.append(Candidate(f"learned ({folder})", int(read_card(path)["nfe"]), "learned", module.sampler))
     return found
 
 
@@ -137,7 +173,7 @@ class Judge:
     Args:
         module: the model, the feature network and a sampler of any kind.
         datamodule: the real images.
-        trainer: its loggers and callbacks are not used.
+        trainer: its loggers and callbacks are taken off.
         scores: what is known already.
         num_images: images of the test noise per score.
         selection_images: images of the validation noise by which the placement of a solver's calls is chosen.
@@ -156,6 +192,7 @@ class Judge:
         self.num_images, self.selection_images = num_images, selection_images
         self.quality = SampleQuality()
         trainer.callbacks = [self.quality]  # type: ignore[attr-defined]
+        trainer.loggers = []
 
     def score(self, candidate: Candidate, seed: int, split: str) -> dict[str, float]:
         """FID, KID and what else the feature network allows, on the noise of `split` (`test` or `validation`)."""
@@ -167,6 +204,11 @@ class Judge:
             self.datamodule.num_val_images, self.datamodule.num_test_images = self.selection_images, self.num_images
             run = self.trainer.test if split == "test" else self.trainer.validate
             run(self.module, datamodule=self.datamodule, verbose=False)
+            if self.quality.num_images != num_images:
+                raise ValueError(
+                    f"{self.quality.num_images} images were scored, not {num_images}: leave limit_{split}_batches and "
+                    "fast_dev_run out of the trainer's settings."
+                )
             if self.trainer.is_global_zero:
                 self.scores.put(key, dict(self.quality.scores))
             self.scores.cells[key] = dict(self.quality.scores)
@@ -176,7 +218,12 @@ class Judge:
         """The placement with the lowest FID on the validation noise."""
         if len(candidates) == 1:
             return candidates[0]
-        return min(candidates, key=lambda candidate: self.score(candidate, seed, "validation")["fid"])
+
+        def fid(candidate: Candidate) -> float:
+            value = self.score(candidate, seed, "validation")["fid"]
+            return value if math.isfinite(value) else math.inf
+
+        return min(candidates, key=fid)
 
     @torch.no_grad()
     def images(self, candidate: Candidate, seed: int) -> Tensor:
@@ -193,9 +240,12 @@ def rows_of(
 ) -> Iterator[tuple[dict[str, Any], Candidate]]:
     """One row for each sampler, number of calls and seed. The placement of a solver is chosen with the first seed."""
     for nfe in steps:
-        chosen = [
-            judge.best(found, seeds[0]) for name in solvers if (found := solver_candidates(judge.module, name, nfe))
-        ]
+        chosen = []
+        for name in solvers:
+            try:
+                chosen.append(judge.best(solver_candidates(judge.module, name, nfe), seeds[0]))
+            except NoSuchCallsError as error:
+                rank_zero_info(f"left out: {error}")
         for candidate in [*chosen, *(each for each in learned if each.nfe == nfe)]:
             for seed in seeds:
                 scores = judge.score(candidate, seed, "test")
@@ -227,12 +277,20 @@ def protocol_of(module: DDSSModule, datamodule: ImageDataModule, arguments: argp
         "images": arguments.num_images,
         "noise": "test/SEED, by index: the same for every sampler, unseen in learning and in the choice of spacings",
         "spacings_chosen_on": f"{arguments.selection_images} images of validation/{arguments.seeds[0]}, by FID",
-        "real_images": len(loader.dataset),
+        "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
         "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
         "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
         "resize": "none: the feature network takes the model's images" + _resize(module.features),
         "pixels": "clamped to [-1, 1], rounded to 256 levels",
     }
+
+
+def _digest(datamodule: ImageDataModule) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of all real images."""
+    digest = hashlib.sha256()
+    for images in datamodule.real_dataloader():
+        digest.update(images.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _resize(features: Any) -> str:  # noqa: ANN401
@@ -295,6 +353,8 @@ def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, a
             candidates.append(candidate)
             description = f"{row['sampler']}, {row['nfe']} calls, seed {row['seed']}: FID {row['fid']:.2f}"
             progress.update(bar, advance=row["nfe"], description=description)
+    if not rows:
+        raise ValueError(f"Nothing to compare: no solver makes {arguments.steps} network calls.")
     if trainer.is_global_zero:
         _write(rows, candidates, judge, protocol, arguments)
 

@@ -74,23 +74,54 @@ class GaussNewton:
             progress: told the number of differences done and to be done.
 
         Returns:
-            name -> step, and what was found: `distance`, `expected_distance`, `damping` (0 if no step is taken).
+            name -> step, and what was found: `distance` (not finite if the samples are not: then there is no step),
+            `expected_distance`, `damping` (0 if no step is taken).
         """
         start = {name: value.clone() for name, value in parameters.items()}
-        base, columns = distance.residual(small()), []
+        base = distance.residual(small())
+        total = sum(value.numel() for value in start.values())
+        try:
+            columns = self._differences(parameters, start, base, distance, small, progress)
+            return self._choose(parameters, start, torch.stack(columns, 1), distance, large)
+        finally:
+            self._move(parameters, start, torch.zeros(total, dtype=torch.float64, device=base.device))
+
+    def _differences(
+        self,
+        parameters: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        base: Tensor,
+        distance: FrechetResidual,
+        small: Callable[[], Tensor],
+        progress: Callable[[int, int], None],
+    ) -> list[Tensor]:
+        """Columns of J; one that is not finite is zero, so that its number does not move."""
+        columns: list[Tensor] = []
         total = sum(value.numel() for value in start.values())
         for name, value in parameters.items():
             size = self.time_difference if name in TIME_DEGREES else self.difference
             for index in range(value.numel()):
                 value.view(-1)[index] += size
-                columns.append((distance.residual(small()) - base) / size)
+                columns.append(((distance.residual(small()) - base) / size).nan_to_num(0, 0, 0))
                 value.view(-1)[index] = start[name].view(-1)[index]
                 progress(len(columns), total)
-        jacobian = torch.stack(columns, 1)
+        return columns
+
+    def _choose(
+        self,
+        parameters: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        jacobian: Tensor,
+        distance: FrechetResidual,
+        large: Callable[[], Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The step with the damping that lowers the distance the most."""
         residual = distance.residual(large())
         found = {"distance": float(residual @ residual), "damping": 0.0}
         found["expected_distance"] = found["distance"]
         best = torch.zeros_like(jacobian[0])
+        if not residual.isfinite().all():
+            return _split(start, best), found
         normal = jacobian.T @ jacobian
         for damping in self.dampings:
             eye = torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
@@ -99,7 +130,6 @@ class GaussNewton:
             tried = distance.residual(large())
             if float(tried @ tried) < found["expected_distance"]:
                 best, found["damping"], found["expected_distance"] = delta, damping, float(tried @ tried)
-        self._move(parameters, start, torch.zeros_like(best))
         return _split(start, best), found
 
     @staticmethod

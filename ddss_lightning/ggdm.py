@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -43,8 +44,9 @@ class GGDMSampler(nn.Module):
     - `std`, shape (K - 1,): anchored: change of the noise angle theta_k, where std_k = sigma_{k+1} |sin theta_k|;
       ggdm: change of std_k itself;
     - `pred`, shape (K, 2): corrections to the pair that turns (x_k, output) into x0_hat (+PRED);
-    - `time`, shape (K - 1,): offsets, in half log-SNR, of the times shown to the network (+TIME), monotone by a
-      running maximum. The first call stays where it is: its input is pure noise, the end of the schedule;
+    - `time`, shape (K - 1,): offsets, in half log-SNR, of the times shown to the network (+TIME), for `ddim` and
+      `dpmpp_2m` monotone by a running maximum. The first call stays where it is: its input is pure noise, the end of
+      the schedule;
     - `logsnr`, shape (K - 1,), anchored only: logarithms of the factors by which the gaps between the anchor's
       half log-SNRs grow. The coefficients follow by the anchor's formula.
 
@@ -150,7 +152,10 @@ class GGDMSampler(nn.Module):
                 "scheduler go to the anchor's init_args, set_timesteps and step."
             )
         coefficients = import_anchor(anchor, self.schedule, config["num_steps"], config["prediction_type"])
-        config["anchor"] = {**anchor, "coefficients": coefficients.to_lists()}
+        config["anchor"] = {**_plain(anchor), "coefficients": coefficients.to_lists()}
+        if config["parametrization"] == "ggdm" and "pred" not in config["learn"]:
+            # There the pair follows from Theorem 1: the same sampler, written with that pair.
+            coefficients = coefficients.with_marginal_pair(config["prediction_type"]).validate()
         return ImportedAnchor(coefficients, self.schedule)
 
     @classmethod
@@ -180,7 +185,7 @@ class GGDMSampler(nn.Module):
         coefficients = probe(scheduler, num_steps, set_timesteps, step)
         anchor: dict[str, Any] = {
             "class_path": f"{type(scheduler).__module__.split('.')[0]}.{type(scheduler).__name__}",
-            "init_args": _plain({k: v for k, v in scheduler.config.items() if not k.startswith("_")}),
+            "init_args": _plain(_changed_options(scheduler)),
         }
         options = {"set_timesteps": set_timesteps, "step": step}
         anchor |= {name: _plain(dict(value)) for name, value in options.items() if value}
@@ -225,6 +230,11 @@ class GGDMSampler(nn.Module):
             prediction_type=prediction_type,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GGDMSampler:
+        """Follow a module to another device, but stay float64 when it is cast."""
+        moved: GGDMSampler = super()._apply(lambda value: value.to(fn(value).device), recurse)  # type: ignore[no-untyped-call]
+        return moved
+
     @property
     def num_steps(self) -> int:
         """K, the number of network calls."""
@@ -249,8 +259,10 @@ class GGDMSampler(nn.Module):
             where = "given timesteps" if config["timesteps"] else f"{config['stride']} stride"
             return f"{config['anchor']}, eta {config['eta']:g}, {where}"
         source = config["anchor"].get("class_path", "given coefficients")
-        options = {name: config["anchor"][name] for name in ("set_timesteps", "step") if config["anchor"].get(name)}
-        return f"{source}{' ' + json.dumps(options) if options else ''} (imported)"
+        options = {name: config["anchor"].get(name) for name in ("init_args", "set_timesteps", "step")}
+        options["init_args"] = {k: v for k, v in (options["init_args"] or {}).items() if k != "trained_betas"}
+        shown = json.dumps({name: value for name, value in options.items() if value})
+        return f"{source}{' ' + shown if shown != '{}' else ''} (imported)"
 
     def _correction(self, name: Degree) -> Tensor:
         # A zero without dimensions stands for what is not learned.
@@ -398,6 +410,13 @@ def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers of the shape of x, drawn on the generator's device."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def _changed_options(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The options of a scheduler that are not its class's defaults."""
+    defaults = {name: each.default for name, each in inspect.signature(type(scheduler).__init__).parameters.items()}
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -37,7 +38,7 @@ class DDSSModule(LightningModule):
 
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
     with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
-    schedule and clipping then play no part.
+    schedule and clipping then play no part; `ema_decay` does, and is best 0 for a handful of steps.
 
     Validation, test and prediction generate images from held-out noise given by index; callbacks score them.
 
@@ -93,6 +94,8 @@ class DDSSModule(LightningModule):
         if remat not in REMATS:
             raise ValueError(f"Unknown remat '{remat}'; choose one of {', '.join(REMATS)}.")
         self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
+        if gauss_newton is not None:
+            self.save_hyperparameters({"gauss_newton": dataclasses.asdict(gauss_newton)})
         self.gauss_newton = gauss_newton
         self.denoiser = denoiser.freeze()
         self.features = features.freeze()
@@ -222,8 +225,11 @@ class DDSSModule(LightningModule):
             parts, sizes = [], [len(part) for part in torch.arange(num_images).split(self.batch_size)]
             for size in sizes:
                 x_T, noise = draw_noise((size, *self.denoiser.image_shape), self.sampler.num_steps, generator)
-                x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise.to(self.device))
-                parts.append(distance.moments(self.features(to_pixels(x_0) if rounded else x_0.clamp(-1, 1))) * size)
+                # Differences of a thousandth drown in the rounding of bfloat16.
+                with torch.autocast(self.device.type, enabled=False):
+                    x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise.to(self.device))
+                    features = self.features(to_pixels(x_0) if rounded else x_0.clamp(-1, 1))
+                parts.append(distance.moments(features) * size)
             mean = torch.stack(parts).sum(0) / num_images
             return torch.stack(list(self.all_gather(mean))).mean(0) if self.trainer.world_size > 1 else mean
 
@@ -234,11 +240,17 @@ class DDSSModule(LightningModule):
             lambda: moments("residual", method.residual_images, rounded=True),
             self._report_differences,
         )
+        if not math.isfinite(found["distance"]):
+            self._skip("the sampler makes images that are not finite")
         for name, value in found.items():
             self.log(f"train/{name}", value, prog_bar=name == "distance")
         # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
         linear = sum((-delta[name] * value).sum() for name, value in self.sampler.corrections.items())
         return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
+
+    def _skip(self, reason: str) -> None:
+        self.num_skipped += 1
+        warnings.warn(f"Step {self.global_step}: {reason}; skipped ({self.num_skipped} so far).", stacklevel=2)
 
     def _report_differences(self, done: int, total: int) -> None:
         # A step takes minutes: say at every tenth where it is.
@@ -251,11 +263,7 @@ class DDSSModule(LightningModule):
         norm = torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros(())
         self.log("train/grad_norm", norm)
         if not norm.isfinite():
-            self.num_skipped += 1
-            warnings.warn(
-                f"Step {self.global_step}: the gradient is not finite; skipped ({self.num_skipped} so far).",
-                stacklevel=2,
-            )
+            self._skip("the gradient is not finite")
             for parameter in self.sampler.parameters():
                 parameter.grad = None
         self.log("train/skipped_steps", float(self.num_skipped))
@@ -348,12 +356,34 @@ class DDSSModule(LightningModule):
                 f"{saved.get('fingerprint')}), not to '{self.denoiser.name}' ({self.denoiser.fingerprint()}); "
                 "load it with the model it was learned for."
             )
-        if checkpoint["sampler_config"] != self.sampler.config:
+        differing = _differing(checkpoint["sampler_config"], self.sampler.config)
+        if differing:
+            pairs = ", ".join(f"{key}: {theirs} instead of {ours}" for key, (theirs, ours) in differing.items())
             raise ValueError(
-                f"The checkpoint holds the sampler {checkpoint['sampler_config']}, not {self.sampler.config}; "
-                "resume with the recipe it was started with."
+                f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
         self.num_skipped = checkpoint["num_skipped"]
+
+
+def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configurations of samplers; imported numbers may, by rounding, between machines."""
+
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        anchor = config["anchor"] if isinstance(config["anchor"], dict) else {"name": config["anchor"]}
+        rest = {f"anchor.{key}": value for key, value in anchor.items() if key != "coefficients"}
+        return {**{key: value for key, value in config.items() if key != "anchor"}, **rest}
+
+    def numbers(config: dict[str, Any]) -> dict[str, Any]:
+        anchor = config["anchor"]
+        return anchor.get("coefficients", {}) if isinstance(anchor, dict) else {}
+
+    left, right = flat(theirs), flat(ours)
+    found = {key: (left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)}
+    for name in numbers(theirs) | numbers(ours):
+        a, b = (torch.tensor(numbers(config).get(name, math.nan), dtype=torch.float64) for config in (theirs, ours))
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5):
+            found[f"anchor.coefficients.{name}"] = ("other numbers", "these")
+    return found
 
 
 def _drop_frozen(module: DDSSModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:  # noqa: ANN401, ARG001

@@ -93,17 +93,21 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """FID against the number of network calls, one line a sampler; the band spans the seeds.
 
     Args:
-        rows: each with `sampler`, `nfe`, `seed` and `fid`. Learned samplers, named `learned (...)`, are one line.
+        rows: each with `sampler`, `nfe`, `seed` and `fid`. Learned samplers, named `learned (...)`, are one line if
+            there is one for each number of calls.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(_family(row["sampler"]) for row in rows):
-        mine = [row for row in rows if _family(row["sampler"]) == name]
+    learned_rows = {(row["nfe"], row["sampler"]) for row in rows if row["sampler"].startswith("learned")}
+    one_line = len({nfe for nfe, _ in learned_rows}) == len(learned_rows)
+    names = ["learned" if one_line and row["sampler"].startswith("learned") else row["sampler"] for row in rows]
+    for name in dict.fromkeys(names):
+        mine = [row for row, mine in zip(rows, names, strict=True) if mine == name]
         nfes = sorted({row["nfe"] for row in mine})
         values = [[row["fid"] for row in mine if row["nfe"] == nfe] for nfe in nfes]
-        learned = name == "learned"
+        learned = name.startswith("learned")
         (line,) = axes.plot(nfes, [np.mean(v) for v in values], "o-", label=name, linewidth=2.5 if learned else 1.2)
         axes.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set_yscale("log")
@@ -113,10 +117,6 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure
-
-
-def _family(name: str) -> str:
-    return "learned" if name.startswith("learned") else name
 
 
 def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure:

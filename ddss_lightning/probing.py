@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
+from ddss_lightning.coefficients import Coefficients, PredictionType
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 from ddss_lightning.unroll import unroll
 
@@ -52,22 +53,44 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
             f"anchor: there is no scheduler '{anchor['class_path']}' ({error}); name a class such as "
             "'diffusers.UniPCMultistepScheduler'."
         ) from error
-    init_args = dict(anchor.get("init_args") or {})
-    if "trained_betas" in parameters and not init_args.keys() & {"trained_betas", "beta_start", "beta_schedule"}:
-        alphas_cumprod = torch.sigmoid(2 * schedule.table)
-        ratios = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-        init_args |= {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(ratios)}
-    if "prediction_type" in parameters and not prediction_type.startswith("edm_"):
-        init_args.setdefault("prediction_type", prediction_type)
+    init_args = {**_schedule_arguments(schedule, parameters, anchor), **(anchor.get("init_args") or {})}
+    if "trained_betas" in init_args:
+        # The betas are those of the model already, at zero terminal SNR too: not to be rescaled a second time.
+        init_args.pop("rescale_betas_zero_snr", None)
+    if "prediction_type" in parameters:
+        init_args.setdefault("prediction_type", prediction_type.removeprefix("edm_"))
     try:
         scheduler = cls(**init_args)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"anchor: {anchor['class_path']} could not be made: {error}") from error
     if not NoiseSchedule.from_scheduler(scheduler).matches(schedule):
         raise ValueError(
-            f"anchor: {class_name} has another noise schedule than the model; leave its betas out of init_args."
+            f"anchor: {class_name} with these init_args has another noise schedule than the model; leave out what "
+            "belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."
+        )
+    if scheduler_prediction_type(scheduler) != prediction_type:
+        raise ValueError(
+            f"anchor: {class_name} is for networks that predict '{scheduler_prediction_type(scheduler)}', the model "
+            f"predicts '{prediction_type}'; leave prediction_type out of init_args, or use another class."
         )
     return scheduler
+
+
+def _schedule_arguments(
+    schedule: NoiseSchedule, parameters: Mapping[str, Any], anchor: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments that give a scheduler the model's noise schedule, unless the anchor has betas of its own."""
+    given = (anchor.get("init_args") or {}).keys()
+    if "sigma_data" in parameters and "trained_betas" not in parameters:
+        sigmas = torch.exp(-schedule.table)
+        return {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1]), "sigma_data": schedule.sigma_data}
+    if schedule.scaling == "flow":
+        return {"num_train_timesteps": len(schedule.grid) - 1} if "num_train_timesteps" in parameters else {}
+    if "trained_betas" not in parameters or given & {"trained_betas", "beta_start", "beta_end", "beta_schedule"}:
+        return {}
+    alphas_cumprod = torch.sigmoid(2 * schedule.table)
+    ratios = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(ratios)}
 
 
 def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] | None = None) -> int:  # noqa: ANN401
@@ -106,8 +129,8 @@ def probe(
     r"""Coefficients and network times of a diffusers scheduler, exact.
 
     The rows r_k of the states that the network sees, after `scale_model_input`, satisfy r_{k+1} = sum_j A_kj r_j +
-    w_k e_k + std_k z_k. One triangular solve gives A; `prediction_pair` at the marginal (a_k, v_k^(1/2)) of Theorem 1
-    splits (A_kk, w_k) into mu_kk and nu_k. The result is then run against the scheduler's own loop with a nonlinear
+    w_k e_k + std_k z_k. One triangular solve gives A; `Coefficients.with_marginal_pair` splits (A_kk, w_k) into mu_kk
+    and nu_k. The result is then run against the scheduler's own loop with a nonlinear
     stand-in for the network: what is not linear, or not a GGDM, does not pass.
 
     Args:
@@ -127,6 +150,11 @@ def probe(
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step")):
         raise NotAGGDMError(f"{name} is no sampler of the usual form: it lacks set_timesteps or step.")
+    if "prev_timestep" in inspect.signature(scheduler.step).parameters:
+        raise NotAGGDMError(
+            f"{name} needs prev_timestep at every step, which the loop of other pipelines does not give; use "
+            "DDPMScheduler with the same betas."
+        )
     for option in NONLINEAR_OPTIONS:
         if scheduler.config.get(option):
             raise NotAGGDMError(
@@ -138,6 +166,13 @@ def probe(
     rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
     coefficients = _solve(rows, timesteps, scheduler)
     _verify(coefficients, scheduler, num_steps, set_timesteps, step)
+    problems = coefficients.problems()
+    if problems:
+        warnings.warn(
+            f"{name} with these options is no good sampler: {'; '.join(problems)}. So it is in diffusers too: use "
+            "other options or another number of steps.",
+            stacklevel=3,
+        )
     return coefficients
 
 
@@ -287,29 +322,10 @@ def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # 
     std = torch.cat([std[:-1].abs(), std.new_zeros(1)])
     schedule = NoiseSchedule.from_scheduler(scheduler)
     prior = torch.stack(schedule.alpha_sigma(timesteps[0]))
-    mu, nu, pred = _split(
-        weights, output_weight, std, prior, cast(PredictionType, scheduler_prediction_type(scheduler))
-    )
-    return Coefficients(mu, nu, std, pred, timesteps, prior, init_noise_sigma=rows[0, 0]).validate()
-
-
-def _split(
-    weights: Tensor, output_weight: Tensor, std: Tensor, prior: Tensor, prediction_type: PredictionType
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(mu, nu, pred) from the weights of states and outputs, with the pair at each state's marginal (Theorem 1)."""
-    count = len(output_weight)
-    mu, nu, pred = weights.clone(), torch.zeros_like(output_weight), weights.new_zeros(count, 2)
-    # Rows are states; column 0 is the part of x_0 in them, the others are independent noises.
-    marginal = weights.new_zeros(count + 1, count + 2)
-    marginal[0, :2] = prior
-    for k in range(count):
-        pred[k] = prediction_pair(prediction_type, marginal[k, 0], marginal[k, 1:].norm())
-        nu[k] = output_weight[k] / pred[k, 1]
-        mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
-        marginal[k + 1] = mu[k] @ marginal[:-1]
-        marginal[k + 1, 0] += nu[k]
-        marginal[k + 1, k + 2] += std[k]
-    return mu, nu, pred
+    # x0_hat = output, so that nu is the weight of the output, until the pair is split off.
+    pred = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(timesteps), 2)
+    plain = Coefficients(weights, output_weight, std, pred, timesteps, prior, init_noise_sigma=rows[0, 0])
+    return plain.with_marginal_pair(cast(PredictionType, scheduler_prediction_type(scheduler))).validate()
 
 
 def _verify(

@@ -84,7 +84,8 @@ class NoiseSchedule(nn.Module):
             logsnrs = (alphas_cumprod.log() - torch.log1p(-alphas_cumprod)) / 2
             if len(logsnrs) > 2 and (alphas_cumprod[-1] == 0 or config.get("rescale_betas_zero_snr")):
                 logsnrs[-1] = 2 * logsnrs[-2] - logsnrs[-3]
-            return cls(logsnrs)
+            # Networks with continuous time (EulerDiscreteScheduler's timestep_type) get log(sigma) / 4.
+            return cls(logsnrs, -logsnrs / 4 if config.get("timestep_type") == "continuous" else None)
         if {"sigma_data", "sigma_min", "sigma_max"} <= config.keys():
             ends = math.log(config["sigma_min"]), math.log(config["sigma_max"])
             log_sigmas = torch.linspace(*ends, 1000, dtype=torch.float64)

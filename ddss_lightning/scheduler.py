@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-SAMPLER_CARD, SAMPLER_WEIGHTS = "sampler.json", "sampler.safetensors"
+SAMPLER_CARD, SAMPLER_WEIGHTS, FORMAT_VERSION = "sampler.json", "sampler.safetensors", 1
+# Half-precision pipelines cast between steps; what differs by more than this share was changed on purpose.
+CHANGED_SAMPLE_TOLERANCE = 1e-2
 # Given explicitly wherever a scheduler is made: diffusers does not pass defaults on when it converts schedulers.
 NOT_BETAS = "ggdm"
 # A pipeline that does not scale the input of the first call makes an error of this relative size at most.
@@ -67,6 +69,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigma_data: standard deviation of the data for which `vp` preserves the variance.
         num_train_timesteps: number of timesteps that the network was trained with.
         base_model: name of the model that the sampler was learned for.
+        use_flow_sigmas: tells flow matching pipelines (Flux) to leave the times to the scheduler.
         beta_schedule: always `ggdm`: so that a pipeline which would silently turn this scheduler into another one
             (`DDIMPipeline(...)` does) fails instead.
 
@@ -180,6 +183,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         try:
             tensors = load_file(folder / SAMPLER_WEIGHTS)
             card = json.loads((folder / SAMPLER_CARD).read_text())
+            if card["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"its format version is {card['format_version']}, this file reads {FORMAT_VERSION}")
             numbers = {
                 name: tensors[f"coefficients.{name}"].tolist() for name in ("mu", "nu", "std", "pred", "timesteps")
             }
@@ -199,8 +204,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 beta_schedule=NOT_BETAS,
                 use_flow_sigmas=scaling == "flow",
             )
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise ValueError(f"The sampler in '{folder}' is damaged, or of another version: {error}") from error
         return scheduler
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -211,6 +216,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps = self.num_steps
         self._states: list[Tensor] = []
         self._scaled: Tensor | None = None
+        self._last: Tensor | None = None
 
     def set_timesteps(
         self,
@@ -322,6 +328,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x_next = x_next + weights(self._std[k]) * variance_noise.to(dtype)
         x_0 = weights(self._pred[k, 0]) * states[-1] + weights(self._pred[k, 1]) * output
         x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
+        self._last = x_next
         return GGDMSchedulerOutput(x_next, x_0) if return_dict else (x_next, x_0)
 
     def _check_step(
@@ -348,11 +355,22 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if self._states and self._states[-1].shape != sample.shape:
             raise ValueError(f"The sample changed from {tuple(self._states[-1].shape)} to {tuple(sample.shape)}.")
+        if self._last is not None and sample is not self._last and self._changed(sample, self._last):
+            raise ValueError(
+                f"The sample of step {k} is not what step {k - 1} returned. The steps of a learned sampler use all "
+                "states before them, so that nothing can be pasted in between, as inpainting does."
+            )
         if eta or use_clipped_model_output:
             raise ValueError(
                 f"A learned sampler has no eta and no clipping, got eta={eta}, "
                 f"use_clipped_model_output={use_clipped_model_output}; leave them at 0 and None."
             )
+
+    @staticmethod
+    def _changed(sample: Tensor, last: Tensor) -> bool:
+        """Whether every sample of the batch was changed: DiTPipeline overwrites one half with the other."""
+        difference = (sample - last.to(sample)).abs().flatten(1).amax(1)
+        return bool((difference > CHANGED_SAMPLE_TOLERANCE * last.abs().flatten(1).amax(1).to(sample)).all())
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t x_0 + sigma_t noise, at real-valued timesteps.

@@ -76,7 +76,8 @@ def test_every_degree_reaches_the_images(scheduler):
     sampler(network, x_T, noise=noise).square().sum().backward()
     for name, value in sampler.corrections.items():
         assert value.grad.isfinite().all(), name
-        assert value.grad.abs().sum() > 0, name
+        if not (name == "std" and isinstance(scheduler, LCMScheduler)):  # all noise: a stationary point
+            assert value.grad.abs().sum() > 1e-6, name
 
 
 def test_times_move_by_offsets_of_the_log_snr():
@@ -155,6 +156,7 @@ def network(x, t):
 @given(coefficients=samplers())
 def test_any_explicit_linear_sampler_survives_saving(coefficients, schedule, tmp_path_factory):
     sampler = GGDMSampler.from_coefficients(schedule, coefficients)
+    free = GGDMSampler.from_coefficients(schedule, coefficients, parametrization="ggdm", learn=("mu",))
     folder = tmp_path_factory.mktemp("s") / "s"
     sampler.save_pretrained(folder)
     x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -164,6 +166,8 @@ def test_any_explicit_linear_sampler_survives_saving(coefficients, schedule, tmp
     expected = unroll(network, coefficients, x_T, noise)
     again = GGDMSampler.from_pretrained(folder)(network, x_T, noise=noise)
     torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+    # The paper's parametrisation writes it with the pair of Theorem 1, which divides by a_k.
+    torch.testing.assert_close(free(network, x_T, noise=noise), expected, rtol=1e-6, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,7 +196,7 @@ def test_print_shows_what_the_sampler_is(schedule):
     assert " 5     image              1.0000   0.0000" in text
     assert "warning" not in text
     imported = str(GGDMSampler.from_scheduler(DDIMScheduler(clip_sample=False), 3, step={"eta": 1.0}, learn=()))
-    assert 'anchor: diffusers.DDIMScheduler {"step": {"eta": 1.0}} (imported)' in imported
+    assert '{"init_args": {"clip_sample": false}, "step": {"eta": 1.0}} (imported)' in imported
     assert "learned: nothing" in imported
     flow = GGDMSampler.from_scheduler(FlowMatchHeunDiscreteScheduler(), 3)
     assert NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler()).matches(flow.schedule)
@@ -207,3 +211,27 @@ def test_print_warns_of_marginals_out_of_range(schedule):
     sampler.corrections["nu"].data[:] = 0
     sampler.corrections["mu"].data[-1] = 10.0
     assert "is left in the image" in str(sampler)
+
+
+@by_name
+def test_a_cast_leaves_the_numbers_alone(scheduler):
+    sampler = move(GGDMSampler.from_scheduler(scheduler, 4), 0.05)
+    before = sampler.coefficients()
+    for cast in (sampler.half(), sampler.to(torch.bfloat16)):
+        for name, value in vars(cast.coefficients()).items():
+            assert torch.equal(value, getattr(before, name)), name
+
+
+def test_a_state_without_noise_stays_finite(schedule):
+    c = Coefficients(
+        *(torch.zeros(3, 3), torch.ones(3), torch.zeros(3), torch.zeros(3, 2)), torch.zeros(3), torch.ones(2)
+    )
+    assert GGDMSampler.from_coefficients(schedule, c, learn=("std",)).coefficients().std.tolist() == [0, 0, 0]
+
+
+def test_the_sampler_keeps_its_own_copy_of_the_anchor(schedule):
+    anchor = {"class_path": "diffusers.UniPCMultistepScheduler", "init_args": {"solver_order": 3}}
+    sampler = GGDMSampler(schedule, 4, anchor=anchor)
+    anchor["init_args"]["solver_order"] = 1
+    assert sampler.config["anchor"]["init_args"] == {"solver_order": 3}
+    assert '{"init_args": {"solver_order": 3}} (imported)' in str(sampler)

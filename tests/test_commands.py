@@ -47,7 +47,10 @@ def test_export_of_a_fit(fits, tmp_path, capsys):
     before = (output / "scheduler_config.json").read_bytes()
     with pytest.raises(SystemExit):
         main(["export", SAMPLER, str(output)])
-    assert "already holds a scheduler; give another folder or --overwrite=true" in capsys.readouterr().err
+    assert (
+        "already holds scheduler_config.json, scheduler.py, README.md; give another folder or"
+        in capsys.readouterr().err
+    )
     assert (output / "scheduler_config.json").read_bytes() == before
     main(["export", SAMPLER, str(output), "--overwrite=true"])
 

@@ -50,12 +50,12 @@ def test_what_it_writes(finished):
     table = json.loads((folder / "table.json").read_text())
     rows = {(row["sampler"], row["nfe"], row["seed"]) for row in table["rows"]}
     # Heun's method makes odd numbers of calls; the learned sampler makes 5.
-    expected = {("DDIM", 2), ("DDIM", 5), ("Heun", 5), ("learned (digits-ggdm-5)", 5)}
+    expected = {("DDIM", 2), ("DDIM", 5), ("Heun", 5), (f"learned ({SAMPLER})", 5)}
     assert rows == {(*each, seed) for each in expected for seed in (3, 4)}
     assert table["protocol"]["images"] == 60
     assert "ConvFeatures (" in table["protocol"]["features"]
     text = (folder / "table.md").read_text()
-    assert "| 5 | learned (digits-ggdm-5) | learned |" in text
+    assert f"| 5 | learned ({SAMPLER}) | learned |" in text
     assert "- pixels: clamped to [-1, 1], rounded to 256 levels" in text
 
 
@@ -133,6 +133,12 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--samplers", "nowhere"], "No sampler in 'nowhere'"),
         (["--solvers", "--samplers", SAMPLER, "--steps", "7"], "Nothing to compare at [7] network calls"),
+        (["--solvers", "Heun", "--steps", "2"], "Nothing to compare: no solver makes [2] network calls"),
+        (["--samplers", SAMPLER, SAMPLER], "is given 2 times; give every sampler once"),
+        (
+            ["--steps", "5", "--trainer.limit_test_batches=1", "--solvers", "--samplers", SAMPLER],
+            "32 images were scored",
+        ),
         (["--data.eval_batch_size=0"], "eval_batch_size must be at least 1, got 0"),
     ],
 )
@@ -142,7 +148,7 @@ def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
     assert stop.value.code == 1
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1]
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "table.md").exists()
 
 
 def test_another_protocol_is_not_mixed_in(finished, tmp_path, capsys):
@@ -150,3 +156,14 @@ def test_another_protocol_is_not_mixed_in(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(command(tmp_path / "out", "--num_images=61"))
     assert "holds scores of another protocol (different: images, " in capsys.readouterr().err
+
+
+def test_curves_of_two_samplers_of_one_size_are_two_lines():
+    from ddss_lightning.pictures import curves_figure
+
+    row = {"seed": 0, "fid": 1.0}
+    one = [{**row, "sampler": f"learned ({nfe})", "nfe": nfe} for nfe in (5, 10)]
+    two = [*one, {**row, "sampler": "learned (other)", "nfe": 5}]
+    for rows, lines in ((one, ["learned"]), (two, ["learned (5)", "learned (10)", "learned (other)"])):
+        (axes,) = curves_figure(rows).axes
+        assert [line.get_label() for line in axes.lines] == lines

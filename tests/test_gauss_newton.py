@@ -76,6 +76,17 @@ def test_no_step_is_taken_that_does_not_help():
     assert (delta["mu"] == 0).all()
 
 
+def test_samples_that_are_not_finite_give_no_step():
+    distance = FrechetResidual(real_features(d=2))
+    theta = {"mu": torch.ones(2, dtype=torch.float64)}
+    delta, found = GaussNewton().step(
+        theta, distance, lambda: torch.zeros(6).double(), lambda: torch.full((6,), torch.nan)
+    )
+    assert found["distance"] != found["distance"]
+    assert (delta["mu"] == 0).all()
+    assert theta["mu"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

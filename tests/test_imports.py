@@ -32,7 +32,7 @@ ALLOWED = {
     "module": {"denoisers", "features", "gauss_newton", "ggdm", "images", "losses", "noise", "unroll"},
     "callbacks": {"features", "ggdm", "images", "metrics", "module", "pictures"},
     "commands": {"ggdm", "pictures", "scheduler"},
-    "compare": {"callbacks", "data", "ggdm", "images", "module", "noise", "pictures", "solvers"},
+    "compare": {"callbacks", "commands", "data", "ggdm", "images", "module", "noise", "pictures", "solvers"},
     "cli": {
         "commands",
         "compare",

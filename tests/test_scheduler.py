@@ -144,7 +144,7 @@ def test_export_travels_with_a_pipeline_and_runs_without_this_package(sampler, t
         "README.md",
     }
     assert "num_inference_steps=4" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ValueError, match="already holds a scheduler"):
+    with pytest.raises(ValueError, match="already holds scheduler_config"):
         export(str(tmp_path / "sampler"), str(tmp_path / "out"))
 
     model = tmp_path / "model"
@@ -451,12 +451,15 @@ def test_wrong_use_is_told(sampler):
         scheduler.step(residual, scheduler.timesteps[1], sample)
     with pytest.raises(ValueError, match=r"model_output has shape \(2, 6, 4, 4\)"):
         scheduler.step(torch.cat([residual, residual], 1), scheduler.timesteps[0], sample)
+    x = sample
     for t in scheduler.timesteps:
-        scheduler.step(residual, t, sample)
+        x = scheduler.step(residual, t, x).prev_sample
     with pytest.raises(ValueError, match="All 4 steps were taken; call `set_timesteps`"):
         scheduler.step(residual, scheduler.timesteps[0], sample)
     scheduler.set_timesteps()
     scheduler.step(residual, scheduler.timesteps[0], sample)
+    with pytest.raises(ValueError, match=r"is not what step 0 returned.*as inpainting does"):
+        scheduler.step(residual, scheduler.timesteps[1], sample)
     with pytest.raises(ValueError, match="The sample changed"):
         scheduler.step(residual[:1], scheduler.timesteps[1], sample[:1])
 
