@@ -131,7 +131,7 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
         (["--solvers", "RK4"], "Unknown solver 'RK4'; choose any of DDPM, DDIM"),
         (["--num_images=1"], "--num_images must be at least 2, got 1"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--samplers", "nowhere"], "No sampler in 'nowhere'"),
+        (["--samplers", "nowhere"], "There is no folder 'nowhere'"),
         (["--solvers", "--samplers", SAMPLER, "--steps", "7"], "Nothing to compare at [7] network calls"),
         (["--solvers", "Heun", "--steps", "2"], "Nothing to compare: no solver makes [2] network calls"),
         (["--samplers", SAMPLER, SAMPLER], "is given 2 times; give every sampler once"),
