@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import KIDLoss
+    from ddss_lightning.metrics import (
+        FrechetDistance,
+        InceptionScore,
+        KernelDistance,
+        KernelDistanceSubsets,
+        PrecisionRecall,
+        ReferenceStatistics,
+    )
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
     from ddss_lightning.scheduler import GGDMScheduler
@@ -30,6 +38,14 @@ _ROOMS = {
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("KIDLoss",),
+    "metrics": (
+        "FrechetDistance",
+        "InceptionScore",
+        "KernelDistance",
+        "KernelDistanceSubsets",
+        "PrecisionRecall",
+        "ReferenceStatistics",
+    ),
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
     "scheduler": ("GGDMScheduler",),
@@ -44,15 +60,21 @@ __all__ = [
     "DiffusersDenoiser",
     "DigitsDataModule",
     "FeatureExtractor",
+    "FrechetDistance",
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",
+    "InceptionScore",
     "KIDLoss",
+    "KernelDistance",
+    "KernelDistanceSubsets",
     "MixtureDenoiser",
     "NoiseSchedule",
+    "PrecisionRecall",
+    "ReferenceStatistics",
     "SampleQuality",
     "SamplerPictures",
 ]

@@ -15,9 +15,11 @@ class FeatureExtractor(Frozen, ABC):
     Attributes:
         num_features: d, the length of a feature vector.
         image_shape: (channels, height, width) of the images it takes.
+        resize: how it resizes them first, `none` if it does not.
     """
 
     num_features: int
+    resize: str = "none"
     image_shape: tuple[int, int, int]
 
     @abstractmethod
@@ -47,3 +49,12 @@ class FeatureExtractor(Frozen, ABC):
             f"{type(self).__name__} has no classification head, so it cannot serve the Inception Score; "
             "use a feature network with `logits`."
         )
+
+    def protocol(self) -> dict[str, str | int]:
+        """What must be equal for two scores to be comparable: class, weights, resizing, length of the vectors."""
+        return {
+            "name": type(self).__name__,
+            "fingerprint": self.fingerprint(),
+            "resize": self.resize,
+            "num_features": self.num_features,
+        }
