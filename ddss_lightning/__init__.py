@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ddss_lightning.coefficients import Coefficients
     from ddss_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
-    from ddss_lightning.features import ConvFeatures, FeatureExtractor
+    from ddss_lightning.features import ConvFeatures, FeatureExtractor, InceptionFeatures, ModuleFeatures
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import KIDLoss
@@ -34,7 +34,7 @@ _ROOMS = {
     "coefficients": ("Coefficients",),
     "data": ("DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
-    "features": ("ConvFeatures", "FeatureExtractor"),
+    "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures"),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("KIDLoss",),
@@ -67,11 +67,13 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",
+    "InceptionFeatures",
     "InceptionScore",
     "KIDLoss",
     "KernelDistance",
     "KernelDistanceSubsets",
     "MixtureDenoiser",
+    "ModuleFeatures",
     "NoiseSchedule",
     "PrecisionRecall",
     "ReferenceStatistics",

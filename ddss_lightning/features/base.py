@@ -33,6 +33,18 @@ class FeatureExtractor(Frozen, ABC):
             Shape (N, d).
         """
 
+    def check_shape(self, images: Tensor) -> None:
+        """Make sure that images have shape (N, *image_shape).
+
+        Raises:
+            ValueError: they have another one.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
+                f"got {tuple(images.shape[1:])}; use a feature network made for such images."
+            )
+
     def logits(self, features: Tensor) -> Tensor:
         """Unnormalised log-probabilities log p(y | x) of classes, for the Inception Score.
 
