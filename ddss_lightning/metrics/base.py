@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ddss_lightning.features import FeatureExtractor
@@ -70,6 +70,11 @@ class SampleMetric(Metric):
                 f"{remedy}."
             )
         return samples.to(self.device).double()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move, but never cast: a module in bfloat16 that owns the metric must not round states and real features."""
+        device = fn(torch.empty(0)).device
+        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
     def represent(self, network: FeatureExtractor, images: Tensor) -> Tensor:
         """The vectors of images that this metric is about: their features."""

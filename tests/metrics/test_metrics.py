@@ -7,6 +7,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+from torchmetrics import MetricCollection
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
@@ -59,9 +60,12 @@ def test_frechet_distance_of_gaussians_in_closed_form():
     m1, m2 = torch.tensor([0.0, 1.0, 2.0]).double(), torch.zeros(3).double()
     value = frechet_distance(m1, s1.square().diag(), m2, s2.square().diag())
     torch.testing.assert_close(value, ((m1 - m2) ** 2 + (s1 - s2) ** 2).sum())
+    zero = torch.zeros(3, 3, dtype=torch.float64)
+    value = frechet_distance(m1, s1.square().diag(), m2, zero)
+    torch.testing.assert_close(value, (m1 - m2).square().sum() + s1.square().sum())
     x = draw(5)
     same = frechet_distance(*gaussian_moments(x), *gaussian_moments(x))
-    assert abs(same) < 1e-6 * gaussian_moments(x)[1].trace()
+    assert abs(same) < 1e-12 * gaussian_moments(x)[1].trace()
 
 
 def test_kid_is_torchmetrics_and_torch_fidelity():
@@ -133,6 +137,19 @@ def test_result_does_not_depend_on_batch_size_and_order(make):
     torch.testing.assert_close(updated(metric, x, 70), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("smallest", [0.0, 1e-9, 1e-7, 1e-5, 1e-3])
+def test_fid_of_nearly_singular_covariances_does_not_depend_on_the_order(smallest):
+    """From features of 64 dimensions whose scales fall to `smallest`, or of which only 40 are not 0."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 64, 64, dtype=torch.float64, generator=generator)).Q
+    scales = torch.logspace(0, -3, 64).double() if smallest == 0 else smallest ** (torch.arange(64).double() / 63)
+    scales[40:] *= smallest > 0
+    real, x = (torch.randn(n, 64, dtype=torch.float64, generator=generator) * scales @ basis[0] for n in (300, 200))
+    values = [updated(FrechetDistance(real), x[torch.randperm(200)] + 0.05, size) for size in (200, 7, 64)]
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
 def test_autocast_changes_nothing(make):
     real, x = draw(90), draw(70, seed=2)
@@ -141,7 +158,37 @@ def test_autocast_changes_nothing(make):
     torch.testing.assert_close(value, updated(make(real), x, 70), rtol=1e-12, atol=0)
 
 
-def test_indices_give_the_order(features):
+@pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
+def test_a_module_in_bfloat16_does_not_round_its_metrics(make):
+    real, x = draw(90), draw(70, seed=2)
+    metric = make(real)
+    torch.nn.ModuleList([metric]).to(torch.bfloat16).half()
+    metric.update(x[:30])
+    torch.nn.ModuleList([metric]).to(torch.bfloat16)
+    metric.update(x[30:])
+    torch.testing.assert_close(metric.compute(), updated(make(real), x, 70), rtol=1e-12, atol=0)
+
+
+def test_in_a_collection():
+    """Metrics of rows share them in one compute group; all get their arguments, and results have names."""
+    real, x = draw(90), draw(70, seed=2)
+    collection = MetricCollection({name: make(real) for name, make in METRICS.items()})
+    for part in torch.arange(70).split(16):
+        collection.update(x[part], indices=part)
+    value = collection.compute()
+    assert len(collection.compute_groups) == 3
+    assert value.keys() == {"fid", "kid", "is", "kid_mean", "kid_std", "precision", "recall", "density", "coverage"}
+    for name in ("fid", "kid", "is"):
+        torch.testing.assert_close(value[name], updated(METRICS[name](real), x, 70), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        {name: value[name] for name in ("precision", "recall", "density", "coverage")},
+        updated(PrecisionRecall(real), x, 70),
+    )
+    collection.reset()
+    assert collection(x)["fid"] == collection.compute()["fid"]
+
+
+def test_indices_give_the_order():
     """Noise in the last bit, as other batch sizes make it, changes the order by content but not that by index."""
     real, x = draw(90), draw(70, seed=2)
     indices = torch.randperm(70)
