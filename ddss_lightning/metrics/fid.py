@@ -16,10 +16,10 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
     .. math:: d^2 = |m_1 - m_2|^2 + \mathrm{tr}(C_1) + \mathrm{tr}(C_2) - 2 \mathrm{tr} (C_1^{1/2} C_2 C_1^{1/2})^{1/2}
 
-    With C_1 = A_1 A_1^T and C_2 = A_2 A_2^T the last trace is the sum of the singular values of A_1^T A_2. No square
-    root is taken of an eigenvalue that rounding made: where a covariance is rank-deficient or nearly so, that would
-    leave errors of 1e-8 that depend on the order of the samples; so the distance does not: it is good to about 1e-10. There is no
-    complex part either, as in the matrix square root of C_1 C_2.
+    With C_1 = A_1 A_1^T and C_2 = A_2 A_2^T the last trace is the sum of the singular values of A_1^T A_2. So no square
+    root is taken of an eigenvalue that rounding made, which for rank-deficient or nearly singular covariances would
+    leave errors of 1e-8 to 1e-7, other ones for each order of the samples; and there is no complex part, as in the
+    matrix square root of C_1 C_2.
 
     Args:
         mean_1: m_1, shape (d,), float64.
@@ -79,11 +79,11 @@ class FrechetDistance(SampleMetric):
         if features is not None:
             statistics.check(features)
         self.num_real = statistics.num
-        self.register_buffer("mean_real", statistics.mean, persistent=False)
-        self.register_buffer("cov_real", statistics.cov, persistent=False)
+        self.register_buffer("mean_real", statistics.mean.double(), persistent=False)
+        self.register_buffer("cov_real", statistics.cov.double(), persistent=False)
         self.add_state("num", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros_like(statistics.mean), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros_like(statistics.cov), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros_like(self.mean_real), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros_like(self.cov_real), dist_reduce_fx="sum")
         self._warned = False
 
     def update(self, samples: Tensor) -> None:

@@ -43,6 +43,9 @@ def test_files_of_others(tmp_path, real, features):
     assert theirs.num is None
     assert distance(theirs, x, features=None) == pytest.approx(distance(real, x), rel=1e-6)
     theirs.check(features)
+    half = ReferenceStatistics(theirs.mean.float(), theirs.cov.float())
+    assert distance(half, x) == pytest.approx(distance(real, x), rel=1e-4)
+    assert FrechetDistance(half).outer.dtype == torch.float64
     ReferenceStatistics.from_features(real).save(tmp_path / "ours.npz")
     with np.load(tmp_path / "ours.npz") as ours:
         np.testing.assert_allclose(ours["sigma"], sigma, rtol=1e-5, atol=1e-9)
