@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddss_lightning.data.digits import load_digits_tensors
 from ddss_lightning.features.convnet import ConvFeatures
-from ddss_lightning.metrics.fid import frechet_distance, gaussian_moments
+from ddss_lightning.metrics import frechet_distance, gaussian_moments
 
 BATCH_SIZE = 128
 

@@ -11,10 +11,18 @@ if TYPE_CHECKING:
     from ddss_lightning.coefficients import Coefficients
     from ddss_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
-    from ddss_lightning.features import ConvFeatures, FeatureExtractor
+    from ddss_lightning.features import ConvFeatures, FeatureExtractor, InceptionFeatures, ModuleFeatures
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import KIDLoss
+    from ddss_lightning.metrics import (
+        FrechetDistance,
+        InceptionScore,
+        KernelDistance,
+        KernelDistanceSubsets,
+        PrecisionRecall,
+        ReferenceStatistics,
+    )
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
     from ddss_lightning.scheduler import GGDMScheduler
@@ -26,10 +34,18 @@ _ROOMS = {
     "coefficients": ("Coefficients",),
     "data": ("DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
-    "features": ("ConvFeatures", "FeatureExtractor"),
+    "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures"),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("KIDLoss",),
+    "metrics": (
+        "FrechetDistance",
+        "InceptionScore",
+        "KernelDistance",
+        "KernelDistanceSubsets",
+        "PrecisionRecall",
+        "ReferenceStatistics",
+    ),
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
     "scheduler": ("GGDMScheduler",),
@@ -44,15 +60,23 @@ __all__ = [
     "DiffusersDenoiser",
     "DigitsDataModule",
     "FeatureExtractor",
+    "FrechetDistance",
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",
+    "InceptionFeatures",
+    "InceptionScore",
     "KIDLoss",
+    "KernelDistance",
+    "KernelDistanceSubsets",
     "MixtureDenoiser",
+    "ModuleFeatures",
     "NoiseSchedule",
+    "PrecisionRecall",
+    "ReferenceStatistics",
     "SampleQuality",
     "SamplerPictures",
 ]

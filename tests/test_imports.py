@@ -18,7 +18,7 @@ ALLOWED = {
     "coefficients": set(),
     "losses": set(),
     "features": {"frozen"},
-    "metrics": {"losses"},
+    "metrics": {"features", "losses"},
     "denoisers": {"schedule", "frozen"},
     "solvers": {"schedule", "coefficients"},
     "unroll": {"coefficients"},

@@ -1,6 +1,8 @@
 """Feature networks in which images are compared."""
 
+from ddss_lightning.features.adapter import ModuleFeatures
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.convnet import ConvFeatures
+from ddss_lightning.features.inception import InceptionFeatures
 
-__all__ = ["ConvFeatures", "FeatureExtractor"]
+__all__ = ["ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures"]

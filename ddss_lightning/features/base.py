@@ -15,9 +15,11 @@ class FeatureExtractor(Frozen, ABC):
     Attributes:
         num_features: d, the length of a feature vector.
         image_shape: (channels, height, width) of the images it takes.
+        resize: how it resizes them first, `none` if it does not.
     """
 
     num_features: int
+    resize: str = "none"
     image_shape: tuple[int, int, int]
 
     @abstractmethod
@@ -30,6 +32,18 @@ class FeatureExtractor(Frozen, ABC):
         Returns:
             Shape (N, d).
         """
+
+    def check_shape(self, images: Tensor) -> None:
+        """Make sure that images have shape (N, *image_shape).
+
+        Raises:
+            ValueError: they have another one.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
+                f"got {tuple(images.shape[1:])}; use a feature network made for such images."
+            )
 
     def logits(self, features: Tensor) -> Tensor:
         """Unnormalised log-probabilities log p(y | x) of classes, for the Inception Score.
@@ -47,3 +61,12 @@ class FeatureExtractor(Frozen, ABC):
             f"{type(self).__name__} has no classification head, so it cannot serve the Inception Score; "
             "use a feature network with `logits`."
         )
+
+    def protocol(self) -> dict[str, str | int]:
+        """What must be equal for two scores to be comparable: class, weights, resizing, length of the vectors."""
+        return {
+            "name": type(self).__name__,
+            "fingerprint": self.fingerprint(),
+            "resize": self.resize,
+            "num_features": self.num_features,
+        }

@@ -71,11 +71,7 @@ class ConvFeatures(FeatureExtractor):
         Raises:
             ValueError: the images have another shape.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
-                f"got {tuple(images.shape[1:])}; use a network trained on such images."
-            )
+        self.check_shape(images)
         features: Tensor = self.body(images)
         return features
 
