@@ -190,12 +190,12 @@ class Judge:
     ) -> None:
         self.module, self.datamodule, self.trainer, self.scores = module, datamodule, trainer, scores
         self.num_images, self.selection_images = num_images, selection_images
-        self.quality = SampleQuality()
+        self.quality = SampleQuality(precision_recall=True)
         trainer.callbacks = [self.quality]  # type: ignore[attr-defined]
         trainer.loggers = []
 
     def score(self, candidate: Candidate, seed: int, split: str) -> dict[str, float]:
-        """FID, KID and what else the feature network allows, on the noise of `split` (`test` or `validation`)."""
+        """All scores on the noise of `split`: `test` or `validation`."""
         num_images = self.num_images if split == "test" else self.selection_images
         key = f"{candidate.name} | {candidate.nfe} | {candidate.key()} | {split}/{seed} | {num_images}"
         if key not in self.scores.cells:
@@ -280,7 +280,7 @@ def protocol_of(module: DDSSModule, datamodule: ImageDataModule, arguments: argp
         "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
         "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
         "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
-        "resize": "none: the feature network takes the model's images" + _resize(module.features),
+        "resize": module.features.protocol()["resize"],
         "pixels": "clamped to [-1, 1], rounded to 256 levels",
     }
 
@@ -291,11 +291,6 @@ def _digest(datamodule: ImageDataModule) -> str:
     for images in datamodule.real_dataloader():
         digest.update(images.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _resize(features: Any) -> str:  # noqa: ANN401
-    mode = getattr(features, "resize", None)
-    return f" and resizes them ({mode})" if mode else ""
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

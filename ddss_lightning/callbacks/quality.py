@@ -16,15 +16,19 @@ from torchmetrics import Metric, MetricCollection
 
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.ggdm import CARD_NAME
-from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance
+from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.module import DDSSModule
 
 Score = Literal["fid", "kid"]
 
 
-def quality_metrics(features: FeatureExtractor, real: Tensor) -> MetricCollection:
-    """FID and KID against real features, shape (m, d), and IS if the network has a classification head."""
+def quality_metrics(features: FeatureExtractor, real: Tensor, precision_recall: bool = False) -> MetricCollection:
+    """FID and KID against real features, shape (m, d), IS if the network has a classification head, and, if asked for,
+    precision, recall, density and coverage.
+    """
     metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real), "kid": KernelDistance(real)}
+    if precision_recall:
+        metrics["precision_recall"] = PrecisionRecall(real)
     try:
         num_classes = features.logits(real[:1]).shape[1]
     except NotImplementedError:
@@ -32,12 +36,14 @@ def quality_metrics(features: FeatureExtractor, real: Tensor) -> MetricCollectio
     return MetricCollection({**metrics, "is": InceptionScore(num_classes)}, compute_groups=False)
 
 
-def update_quality(metrics: MetricCollection, features: FeatureExtractor, images: Tensor) -> None:
-    """Add generated images, pixels in [-1, 1], shape (N, C, H, W)."""
+def update_quality(metrics: MetricCollection, features: FeatureExtractor, images: Tensor, indices: Tensor) -> None:
+    """Add generated images, pixels in [-1, 1], shape (N, C, H, W), and the indices of their noise, shape (N,)."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         vectors = features(images.float())
         for name, metric in metrics.items():
-            metric.update(features.logits(vectors) if name == "is" else vectors)
+            samples = features.logits(vectors) if name == "is" else vectors
+            # FID is a sum over images; the others put them in the order of their indices.
+            metric.update(samples, **({} if name == "fid" else {"indices": indices}))
 
 
 class SampleQuality(Callback):
@@ -51,14 +57,22 @@ class SampleQuality(Callback):
 
     Args:
         monitor: the score that selects, `fid` or `kid`; lower is better.
+        precision_recall: log precision, recall, density and coverage too.
         dirpath: where the best sampler goes; default `<log folder>/sampler`.
         overwrite: allow `dirpath` to hold a sampler already.
     """
 
-    def __init__(self, monitor: Score = "fid", dirpath: str | None = None, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        monitor: Score = "fid",
+        dirpath: str | None = None,
+        overwrite: bool = False,
+        precision_recall: bool = False,
+    ) -> None:
         if monitor not in ("fid", "kid"):
             raise ValueError(f"monitor must be 'fid' or 'kid', got '{monitor}'.")
         self.monitor, self.dirpath, self.overwrite = monitor, dirpath, overwrite
+        self.precision_recall = precision_recall
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
@@ -83,14 +97,15 @@ class SampleQuality(Callback):
 
     def _begin(self, module: DDSSModule) -> None:
         if self._metrics is None:
-            self._metrics = quality_metrics(module.features, module.real_features()).to(module.device)
+            real = module.real_features()
+            self._metrics = quality_metrics(module.features, real, self.precision_recall).to(module.device)
         self._metrics.reset()
         self._num_images = 0
 
-    def _update(self, module: DDSSModule, images: Tensor) -> None:
+    def _update(self, module: DDSSModule, images: Tensor, indices: Tensor) -> None:
         assert self._metrics is not None
         self._num_images += len(images)
-        update_quality(self._metrics, module.features, images)
+        update_quality(self._metrics, module.features, images, indices)
 
     def _compute(self, trainer: Trainer) -> dict[str, float]:
         assert self._metrics is not None
@@ -119,7 +134,7 @@ class SampleQuality(Callback):
         batches = loader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
         for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
-            self._update(pl_module, pl_module.validation_step(batch, index))
+            self._update(pl_module, pl_module.validation_step(batch, index), batch)
         self.initial = self._compute(trainer)
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
@@ -136,12 +151,12 @@ class SampleQuality(Callback):
         trainer: Trainer,  # noqa: ARG002
         pl_module: LightningModule,
         outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401, ARG002
+        batch: Any,  # noqa: ANN401
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         assert isinstance(pl_module, DDSSModule)
-        self._update(pl_module, outputs)
+        self._update(pl_module, outputs, batch)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
