@@ -21,6 +21,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -262,6 +264,29 @@ def test_stable_diffusion_with_guidance(noisy):
         pipeline(**conditions)
     with pytest.raises(ValueError, match="does not support custom timestep schedules"):
         pipeline(timesteps=[900, 500, 100, 1], **conditions)
+
+
+def test_image_to_image_and_inpainting_are_refused():
+    """A start in the middle, and, at strength 1, the known part of the image pasted in between the steps."""
+    parts = {
+        "vae": tiny_vae(), "text_encoder": None, "tokenizer": None, "unet": tiny_unet(), "safety_checker": None,
+        "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    prompt, negative = torch.randn(2, 1, 3, 16, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    arguments = {
+        "prompt_embeds": prompt, "negative_prompt_embeds": negative, "image": image, "num_inference_steps": 4,
+        "generator": torch.Generator().manual_seed(0), "output_type": "latent",
+    }  # fmt: skip
+    scheduler = GGDMScheduler.from_sampler(random_sampler(SD))
+    pipeline = StableDiffusionImg2ImgPipeline(scheduler=scheduler, **parts)
+    with pytest.raises(ValueError, match=r"starts from noise: it cannot begin at step 2"):
+        pipeline(strength=0.5, **arguments)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    pipeline = StableDiffusionInpaintPipeline(scheduler=scheduler, **parts)
+    with pytest.raises(ValueError, match=r"is not what step 0 returned"):
+        pipeline(strength=1.0, mask_image=mask, height=16, width=16, **arguments)
 
 
 def test_stable_diffusion_xl_with_guidance():
