@@ -48,11 +48,7 @@ SOLVERS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "DEIS 2": ("DEISMultistepScheduler", {"solver_order": 2}, SPACINGS + SIGMAS),
     "DEIS 3": ("DEISMultistepScheduler", {"solver_order": 3}, SPACINGS + SIGMAS),
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}, SPACINGS + SIGMAS),
-    "DPM-Solver++ 3M": (
-        "DPMSolverMultistepScheduler",
-        {"solver_order": 3},
-        SPACINGS + SIGMAS,
-    ),
+    "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}, SPACINGS + SIGMAS),
     "DPM-Solver++ 2S": ("DPMSolverSinglestepScheduler", {"solver_order": 2}, [{}, *SIGMAS]),
     "UniPC 2": ("UniPCMultistepScheduler", {"solver_order": 2}, SPACINGS + SIGMAS),
     "UniPC 3": ("UniPCMultistepScheduler", {"solver_order": 3}, SPACINGS + SIGMAS),
@@ -135,7 +131,7 @@ class Judge:
 
 def fid(output: Path, seed: int) -> None:
     """Print and write the table; name the best anchor of each number of calls."""
-    judge, schedule = Judge(output), None
+    judge = Judge(output)
     schedule = judge.denoiser.schedule
     rows, best = ["| solver | 5 calls | spacing | 10 calls | spacing |", "|---|---|---|---|---|"], {}
     for name in track(SOLVERS, "solvers"):

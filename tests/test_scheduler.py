@@ -240,6 +240,18 @@ def latents_of(pipeline, generator_seed=0, **kwargs):
     return out.images
 
 
+def latents_of_pooled_prompts(pipeline):
+    """Random prompts, pooled ones too, and what the pipeline makes of them with guidance 3."""
+    g = torch.Generator().manual_seed(1)
+    prompt, negative = torch.randn(2, 1, 3, 16, generator=g)
+    pooled, negative_pooled = torch.randn(2, 1, 16, generator=g)
+    latents = latents_of(
+        pipeline, height=16, width=16, prompt_embeds=prompt, negative_prompt_embeds=negative,
+        pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled, guidance_scale=3.0,
+    )  # fmt: skip
+    return prompt, negative, pooled, negative_pooled, latents
+
+
 @pytest.mark.parametrize("noisy", [False, True])
 def test_stable_diffusion_with_guidance(noisy):
     sampler = random_sampler(SD, noisy=noisy)
@@ -298,13 +310,7 @@ def test_stable_diffusion_xl_with_guidance():
         vae=tiny_vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
         scheduler=GGDMScheduler.from_sampler(sampler),
     )  # fmt: skip
-    g = torch.Generator().manual_seed(1)
-    prompt, negative = torch.randn(2, 1, 3, 16, generator=g)
-    pooled, negative_pooled = torch.randn(2, 1, 16, generator=g)
-    latents = latents_of(
-        pipeline, height=16, width=16, prompt_embeds=prompt, negative_prompt_embeds=negative,
-        pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled, guidance_scale=3.0,
-    )  # fmt: skip
+    prompt, negative, pooled, negative_pooled, latents = latents_of_pooled_prompts(pipeline)
     added = {
         "text_embeds": torch.cat([negative_pooled, pooled]),
         "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2),
@@ -357,13 +363,7 @@ def test_stable_diffusion_3_with_a_flow_sampler():
         transformer=transformer, scheduler=GGDMScheduler.from_sampler(sampler), vae=tiny_vae(), text_encoder=None,
         tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-    g = torch.Generator().manual_seed(1)
-    prompt, negative = torch.randn(2, 1, 3, 16, generator=g)
-    pooled, negative_pooled = torch.randn(2, 1, 16, generator=g)
-    latents = latents_of(
-        pipeline, height=16, width=16, prompt_embeds=prompt, negative_prompt_embeds=negative,
-        pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled, guidance_scale=3.0,
-    )  # fmt: skip
+    prompt, negative, pooled, negative_pooled, latents = latents_of_pooled_prompts(pipeline)
 
     def guided(x, t):
         out = transformer(

@@ -1,9 +1,10 @@
-"""How far the ways of resizing images for Inception are apart: table of `docs/evaluation.md`.
+"""Tables of `docs/evaluation.md`: FID of a perfect sampler by the number of images, and the ways of resizing.
 
-    python recipes/resizing.py
+    python recipes/evaluation.py
 
-Synthetic images (sums of sinusoids of random frequency, and sharp edges) of several sizes are resized to 299 x 299 in
-every way; the table gives the root mean square difference to `tf1`, in pixel levels of 0 to 255.
+FID: real digits drawn with replacement against all of them, the mean of 20 draws. Resizing: synthetic images (sums of
+sinusoids of random frequency, and sharp edges) of several sizes are resized to 299 x 299 in every way; the table gives
+the root mean square difference to `tf1`, in pixel levels of 0 to 255.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 from typing import get_args
 
 import torch
+from demo import sampling_floor
 from torch import Tensor
 
+from ddss_lightning.data import DigitsDataModule
+from ddss_lightning.features import ConvFeatures
 from ddss_lightning.features.resize import Resize, resize_images
 from ddss_lightning.noise import generator_for
 
@@ -28,7 +32,19 @@ def images(size: int, num: int = 32) -> Tensor:
     return (torch.cat([waves[: num // 2], edges]) + 1) * 127.5
 
 
-if __name__ == "__main__":
+@torch.no_grad()
+def bias() -> None:
+    """Print the FID of real images."""
+    features = ConvFeatures.from_pretrained("checkpoints/digits-features")
+    real = features(torch.cat(list(DigitsDataModule().real_dataloader())))
+    counts = (250, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+    print("| images | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    print("|---" * (len(counts) + 1) + "|")
+    print("| FID | " + " | ".join(f"{sampling_floor(real, count):.2f}" for count in counts) + " |")
+
+
+def resizing() -> None:
+    """Print the differences to `tf1`."""
     sizes, modes = (32, 64, 256, 512), get_args(Resize)
     print("| resize | " + " | ".join(f"{size} to 299" for size in sizes) + " |")
     print("|---" * (len(sizes) + 1) + "|")
@@ -39,3 +55,9 @@ if __name__ == "__main__":
             difference = resize_images(x, 299, mode) - resize_images(x, 299, "tf1")
             cells.append(f"{float(difference.square().mean().sqrt()):.1f}")
         print(f"| `{mode}` | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    bias()
+    print()
+    resizing()
