@@ -22,11 +22,12 @@ class GaussNewton:
     The numbers of a sampler act on its images with sensitivities that differ by a factor of 10^4 (eigenvalues of J^T J
     by 10^9): a first-order method must be slow along some or unstable along others. J comes from forward differences,
     one chain for each of the P numbers, all from the same noise: without a backward pass and without stored
-    activations, P + 1 times the cost of sampling a batch. Every damping is tried, and the step that lowers the
-    distance the most is taken; none, if none does.
+    activations, P + 1 times the cost of sampling a batch. Every damping is tried on other noise than that of r, which
+    the step has been fitted to, and the step that lowers the distance the most is taken; none, if none does.
 
     Args:
-        residual_images: images of r, and of each trial step, per process. They hold its sampling noise down.
+        residual_images: images of r, per process. They hold its sampling noise down, which a step would follow.
+        trial_images: images, per process, on which each damping is tried.
         dampings: lambda, in squared features of mean square 1 per squared unit of the parameters.
         difference: step of the differences in corrections.
         time_difference: step of the differences in `time` and `logsnr`.
@@ -41,14 +42,16 @@ class GaussNewton:
     """
 
     residual_images: int = 10_000
+    trial_images: int = 10_000
     dampings: tuple[float, ...] = (0.3, 0.03, 0.003)
     difference: float = 2e-3
     time_difference: float = 1e-2
     rank: int = 128
 
     def __post_init__(self) -> None:
-        if self.residual_images < 2:
-            raise ValueError(f"residual_images must be at least 2, got {self.residual_images}.")
+        for name in ("residual_images", "trial_images"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
         if not self.dampings or min(self.dampings) <= 0:
             raise ValueError(f"dampings must be positive numbers, got {self.dampings}.")
         if min(self.difference, self.time_difference) <= 0:
@@ -61,6 +64,7 @@ class GaussNewton:
         distance: FrechetResidual,
         small: Callable[[], Tensor],
         large: Callable[[], Tensor],
+        trial: Callable[[], Tensor],
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The step from the present parameters, which are left as they are.
@@ -71,18 +75,20 @@ class GaussNewton:
             small: moments (`distance.moments`) of a batch of samples with the present values of the parameters, always
                 from the same noise, for J.
             large: the same of many samples, for r.
+            trial: the same of many samples from other noise, to choose the damping.
             progress: told the number of differences done and to be done.
 
         Returns:
-            name -> step, and what was found: `distance` (not finite if the samples are not: then there is no step),
-            `expected_distance`, `damping` (0 if no step is taken).
+            name -> step, and what was found: `distance` before the step and `expected_distance` after it, both on the
+            noise of the trials (not finite if the samples are not: then there is no step), `damping` (0 if no step is
+            taken).
         """
         start = {name: value.clone() for name, value in parameters.items()}
         base = distance.residual(small())
         total = sum(value.numel() for value in start.values())
         try:
             columns = self._differences(parameters, start, base, distance, small, progress)
-            return self._choose(parameters, start, torch.stack(columns, 1), distance, large)
+            return self._choose(parameters, start, torch.stack(columns, 1), distance, large, trial)
         finally:
             self._move(parameters, start, torch.zeros(total, dtype=torch.float64, device=base.device))
 
@@ -114,20 +120,21 @@ class GaussNewton:
         jacobian: Tensor,
         distance: FrechetResidual,
         large: Callable[[], Tensor],
+        trial: Callable[[], Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The step with the damping that lowers the distance the most."""
-        residual = distance.residual(large())
-        found = {"distance": float(residual @ residual), "damping": 0.0}
+        residual, before = distance.residual(large()), distance.residual(trial())
+        found = {"distance": float(before @ before), "damping": 0.0}
         found["expected_distance"] = found["distance"]
         best = torch.zeros_like(jacobian[0])
-        if not residual.isfinite().all():
-            return _split(start, best), found
+        if not (residual.isfinite().all() and before.isfinite().all()):
+            return _split(start, best), {**found, "distance": torch.nan}
         normal = jacobian.T @ jacobian
         for damping in self.dampings:
             eye = torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
             delta = -torch.linalg.solve(normal + damping * eye, jacobian.T @ residual)
             self._move(parameters, start, delta)
-            tried = distance.residual(large())
+            tried = distance.residual(trial())
             if float(tried @ tried) < found["expected_distance"]:
                 best, found["damping"], found["expected_distance"] = delta, damping, float(tried @ tried)
         return _split(start, best), found

@@ -238,6 +238,7 @@ class DDSSModule(LightningModule):
             distance,
             lambda: moments("differences", self.batch_size, rounded=False),
             lambda: moments("residual", method.residual_images, rounded=True),
+            lambda: moments("trial", method.trial_images, rounded=True),
             self._report_differences,
         )
         if not math.isfinite(found["distance"]):

@@ -50,12 +50,12 @@ def test_a_linear_model_is_solved_in_one_step():
     def moments():
         return distance.moments(real + theta["mu"])
 
-    delta, found = GaussNewton(dampings=(1e-9,), difference=1e-6).step(theta, distance, moments, moments)
+    delta, found = GaussNewton(dampings=(1e-9,), difference=1e-6).step(theta, distance, moments, moments, moments)
     torch.testing.assert_close(delta["mu"], -theta["mu"], rtol=1e-4, atol=1e-6)
     assert found["damping"] == 1e-9
     assert found["expected_distance"] < 1e-6 < found["distance"]
     assert theta["mu"].tolist() == [0.3, -0.2, 0.1]
-    delta, _ = GaussNewton(dampings=(1.0,), difference=1e-6).step(theta, distance, moments, moments)
+    delta, _ = GaussNewton(dampings=(1.0,), difference=1e-6).step(theta, distance, moments, moments, moments)
     # J^T J = 1 / scale^2 for a shift of features that are divided by scale.
     share = 1 / (1 + distance.scale**2)
     torch.testing.assert_close(delta["mu"], -share * theta["mu"], rtol=1e-3, atol=1e-5)
@@ -70,17 +70,18 @@ def test_no_step_is_taken_that_does_not_help():
     def moments():
         return distance.moments(real + 0.1 + theta["mu"].clamp(max=1e-3) + 100 * theta["mu"].abs().clamp(min=1e-3))
 
-    delta, found = GaussNewton(dampings=(1e-6,), difference=1e-4).step(theta, distance, moments, moments)
+    delta, found = GaussNewton(dampings=(1e-6,), difference=1e-4).step(theta, distance, moments, moments, moments)
     assert found["damping"] == 0
     assert found["expected_distance"] == found["distance"]
     assert (delta["mu"] == 0).all()
 
 
-def test_samples_that_are_not_finite_give_no_step():
+@pytest.mark.parametrize("bad", [1, 2])
+def test_samples_that_are_not_finite_give_no_step(bad):
     distance = FrechetResidual(real_features(d=2))
     theta = {"mu": torch.ones(2, dtype=torch.float64)}
     delta, found = GaussNewton().step(
-        theta, distance, lambda: torch.zeros(6).double(), lambda: torch.full((6,), torch.nan)
+        theta, distance, *(lambda: torch.zeros(6).double(),) * bad, *(lambda: torch.full((6,), torch.nan),) * (3 - bad)
     )
     assert found["distance"] != found["distance"]
     assert (delta["mu"] == 0).all()
@@ -91,6 +92,7 @@ def test_samples_that_are_not_finite_give_no_step():
     ("arguments", "message"),
     [
         ({"residual_images": 1}, "residual_images must be at least 2, got 1"),
+        ({"trial_images": 0}, "trial_images must be at least 2, got 0"),
         ({"dampings": ()}, "dampings must be positive"),
         ({"dampings": (0.1, 0.0)}, "dampings must be positive"),
         ({"difference": 0.0}, "Differences must be positive"),
@@ -115,7 +117,7 @@ def test_bad_features():
 
 def fit(denoiser, features, max_steps, tmp_path, **kwargs):
     sampler = GGDMSampler(denoiser.schedule, 3, stride="quadratic", learn=("logsnr", "nu"))
-    method = GaussNewton(residual_images=512)
+    method = GaussNewton(residual_images=512, trial_images=512)
     module = DDSSModule(denoiser, sampler, features, batch_size=256, ema_decay=0, gauss_newton=method)
     trainer = Trainer(
         max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
