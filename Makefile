@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint clean-demo
+.PHONY: demo test test-all lint bench
 
 # pyproject.toml changed: install again into the same environment.
 $(READY): pyproject.toml
@@ -22,6 +22,11 @@ test: $(READY)
 
 test-all: $(READY) lint
 	$(BIN)/python -m pytest -q -m ""
+
+# Time and memory; results in benchmarks/results. With a GPU: make bench BENCH="--device cuda --network cifar10 --precision bfloat16"
+bench: $(READY)
+	for part in learning sampling memory; do $(BIN)/python benchmarks/$$part.py $(BENCH) || exit 1; done
+	$(BIN)/python benchmarks/fid.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

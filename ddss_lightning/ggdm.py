@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
 from ddss_lightning.coefficients import Coefficients, PredictionType, marginals, prediction_pair
 from ddss_lightning.probing import probe
+from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 from ddss_lightning.solvers import Solver, Stride, stride_timesteps
-from ddss_lightning.unroll import Network, Remat, unroll
+from ddss_lightning.unroll import Network, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
 Parametrization = Literal["anchored", "ggdm"]
@@ -301,7 +302,7 @@ class GGDMSampler(nn.Module):
         x_T: Tensor,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        remat: Remat = "none",
+        remat: str | Remat = "none",
     ) -> Tensor:
         """Images x_0 from noise x_T in K network calls. Differentiable; callers choose `torch.no_grad`.
 
@@ -310,7 +311,7 @@ class GGDMSampler(nn.Module):
             x_T: standard normal, shape (N, C, H, W).
             generator: draws the noise of the steps where `noise` is not given.
             noise: noise of the steps, shape (K - 1, N, C, H, W).
-            remat: `none` or `denoiser`, see `unroll`.
+            remat: what is kept for the backward pass, see `unroll`.
 
         Returns:
             x_0, shape (N, C, H, W), not clamped.

@@ -7,13 +7,14 @@ import dataclasses
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
@@ -22,8 +23,9 @@ from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
-from ddss_lightning.noise import draw_noise, generator_for, held_out_noise
-from ddss_lightning.unroll import REMATS, Remat
+from ddss_lightning.losses.slope import full_precision, slope_by_parts
+from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
+from ddss_lightning.remat import Remat
 
 FROZEN = ("denoiser.", "features.", "loss.")
 
@@ -31,10 +33,12 @@ FROZEN = ("denoiser.", "features.", "loss.")
 class DDSSModule(LightningModule):
     r"""Minimise KID(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
 
-    One training step: draw noise from (seed, global step, rank), unroll the sampler with the frozen denoiser, clamp
-    and round straight through, take the features of the frozen network phi, compare with real ones, and
-    backpropagate through the whole chain. Under DDP the features of all processes are gathered with their gradient,
-    so that the loss is the KID of the global batch.
+    One training step: draw noise from (seed, global step, index in the global batch), unroll the sampler with the
+    frozen denoiser, clamp and round straight through, take the features of the frozen network phi, compare with real
+    ones, and backpropagate through the whole chain. The slope of the loss with respect to the features is computed
+    apart, in full precision: under DDP, of the features of all processes, so that the loss is the KID of the global
+    batch; and with `microbatch_size` it then goes through the chain part by part, which is the same gradient on the
+    memory of a part, for one more pass without gradient.
 
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
     with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
@@ -57,7 +61,13 @@ class DDSSModule(LightningModule):
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
         gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
         ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
-        remat: `none` or `denoiser`, see `unroll`.
+        remat: what is kept for the backward pass: `none`, `denoiser`, `every(n)` or `budget(bytes)`, with `+offload` or
+            without, see `unroll`.
+        microbatch_size: images that go through chain and feature network at once; None: all of `batch_size`.
+        features_batch_size: images that go through the feature network at once, computed again in the backward pass;
+            None: all at once, and kept.
+        gather_features: under DDP, the KID of the global batch; False: the mean over processes of the KID of each one's
+            own, whose gradient is noisier.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
 
@@ -81,7 +91,10 @@ class DDSSModule(LightningModule):
         final_lr_fraction: float = 0.03,
         gradient_clip_norm: float = 1.0,
         ema_decay: float = 0.9,
-        remat: Remat = "none",
+        remat: str = "none",
+        microbatch_size: int | None = None,
+        features_batch_size: int | None = None,
+        gather_features: bool = True,
         gauss_newton: GaussNewton | None = None,
         seed: int = 0,
     ) -> None:
@@ -91,8 +104,9 @@ class DDSSModule(LightningModule):
             raise ValueError(f"batch_size must be at least 2 for an unbiased KID, got {batch_size}.")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
-        if remat not in REMATS:
-            raise ValueError(f"Unknown remat '{remat}'; choose one of {', '.join(REMATS)}.")
+        for name, size in (("microbatch_size", microbatch_size), ("features_batch_size", features_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
         self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
         if gauss_newton is not None:
             self.save_hyperparameters({"gauss_newton": dataclasses.asdict(gauss_newton)})
@@ -102,13 +116,19 @@ class DDSSModule(LightningModule):
         self.sampler = sampler
         self.averaged = copy.deepcopy(sampler).requires_grad_(False)
         self.loss = KIDLoss() if loss is None else loss
-        self.batch_size, self.remat, self.seed = batch_size, remat, seed
+        self.batch_size, self.remat, self.seed = batch_size, Remat.parse(remat), seed
+        self.microbatch_size, self.features_batch_size = microbatch_size, features_batch_size
+        self.gather_features = gather_features
         self.lr, self.time_lr, self.betas = lr, time_lr, betas
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
         self.gradient_clip_norm = gradient_clip_norm
         self.num_skipped = 0
         self._real: Tensor | None = None
         self._real_source: object = None
+        # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
+        learned = {name for name, value in self.named_parameters() if value.requires_grad}
+        everything = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        self._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in learned]
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
@@ -165,12 +185,17 @@ class DDSSModule(LightningModule):
             with torch.no_grad():
                 for images in datamodule.real_dataloader():
                     self._check_images(images)
-                    parts.append(self.features(images.to(self.device)))
+                    parts.append(self.features(images.to(device=self.device, dtype=self._image_dtype)))
             real = torch.cat(parts)
             if len(real) < 2:
                 raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
             self._real, self._real_source = real, datamodule
         return self._real
+
+    @property
+    def _image_dtype(self) -> torch.dtype:
+        """Of states and images: float32, or float64 where the Trainer's precision is 64-true."""
+        return torch.promote_types(cast(torch.dtype, self.dtype), torch.float32)
 
     def _check_images(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.denoiser.image_shape:
@@ -194,27 +219,62 @@ class DDSSModule(LightningModule):
     def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
         sampler = self.sampler if sampler is None else sampler
-        x_T, noise = x_T.to(self.device), noise.to(self.device)
+        x_T = x_T.to(device=self.device, dtype=self._image_dtype)
         return to_pixels(sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
+
+    def generated_features(self, x_T: Tensor, noise: Tensor) -> Tensor:
+        """Phi of the images from this noise, shape (N, d)."""
+        images = self.generate(x_T, noise)
+        if self.features_batch_size is None:
+            return cast(Tensor, self.features(images))
+        parts = images.split(self.features_batch_size)
+        return torch.cat([checkpoint(self.features, part, use_reentrant=False) for part in parts])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """KID of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
-        generator = generator_for("train", self.seed, self.global_step, self.global_rank)
-        shape = (self.batch_size, *self.denoiser.image_shape)
-        features = self.features(self.generate(*draw_noise(shape, self.sampler.num_steps, generator)))
+        start = self.global_rank * self.batch_size
+        key, shape = ("train", self.seed, self.global_step), self.denoiser.image_shape
+        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+
+        def part(where: slice) -> Tensor:
+            return self.generated_features(x_T[where], noise[:, where])
+
+        if self.microbatch_size is None:
+            features = part(slice(None))
+            loss, slope = self._loss_and_slope(features.detach(), batch)
+            linear = (features * slope.to(features)).sum()
+        else:
+            parts = [slice(i, i + self.microbatch_size) for i in range(0, self.batch_size, self.microbatch_size)]
+            parameters = list(self.sampler.parameters())
+            loss, gradients = slope_by_parts(part, parts, lambda f: self._loss_and_slope(f, batch), parameters)
+            linear = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
+        self.log("train/kid", loss, prog_bar=True)
+        # The value of the loss, with the gradient of `linear`.
+        return loss + (linear - linear.detach())
+
+    def _loss_and_slope(self, features: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the global batch, and W times its derivative by this process's features, W processes.
+
+        DDP takes the mean of the gradients of the processes, which with the factor W is their sum.
+        """
         real = None
         if self.loss.real == "batch":
             with torch.no_grad():
                 real = self.features(batch)
-        if self.trainer.world_size > 1:
-            # Every rank computes the loss of the global batch: DDP's mean is then the one-process gradient.
-            features = torch.cat(list(self.all_gather(features, sync_grads=True)))
+        everyone = self.trainer.world_size > 1 and self.gather_features
+        if everyone:
+            features = torch.cat(list(self.all_gather(features)))
             real = None if real is None else torch.cat(list(self.all_gather(real)))
-        loss: Tensor = self.loss(features, real)
-        self.log("train/kid", loss, prog_bar=True)
-        return loss
+        with torch.enable_grad(), full_precision(features.device.type):
+            leaf = features.requires_grad_()
+            loss: Tensor = self.loss(leaf, real)
+            (slope,) = torch.autograd.grad(loss, leaf)
+        if everyone:
+            own = slice(self.global_rank * self.batch_size, (self.global_rank + 1) * self.batch_size)
+            slope = slope[own] * self.trainer.world_size
+        return loss.detach(), slope
 
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
@@ -227,7 +287,7 @@ class DDSSModule(LightningModule):
                 x_T, noise = draw_noise((size, *self.denoiser.image_shape), self.sampler.num_steps, generator)
                 # Differences of a thousandth drown in the rounding of bfloat16.
                 with torch.autocast(self.device.type, enabled=False):
-                    x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise.to(self.device))
+                    x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise)
                     features = self.features(to_pixels(x_0) if rounded else x_0.clamp(-1, 1))
                 parts.append(distance.moments(features) * size)
             mean = torch.stack(parts).sum(0) / num_images

@@ -1,38 +1,42 @@
-"""The chain of a sampler, unrolled and differentiable, and what of it is kept for the backward pass."""
+"""The chain of a sampler: unrolled and differentiable, or sampled with next to no work besides the network."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.remat import Offload, Remat, activation_bytes
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Remat = Literal["none", "denoiser"]
-REMATS: tuple[Remat, ...] = get_args(Remat)
 
 
 def unroll(
-    network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None = None, remat: Remat = "none"
+    network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None = None, remat: str | Remat = "none"
 ) -> Tensor:
     r"""Run the sampler: x_{k+1} = sum_{j<=k} mu_kj x_j + nu_k x0_hat_k + std_k z_k for k = 0, ..., K-1.
 
-    The weights are combined in float64 and applied in the dtype of `x_T`, under autocast too. Nothing is detached;
-    callers choose `torch.no_grad`. All noise comes from outside, so that a rematerialised step sees the same numbers
-    twice.
+    The weights are combined in float64 and applied in the dtype of `x_T`, under autocast too. Nothing is detached but
+    the time of the first call: its input is pure noise, no sampler learns it, and without it that call needs no
+    backward pass. Callers choose `torch.no_grad`; then each step is one multiply-add over the stacked states. All
+    noise comes from outside, so that a rematerialised step sees the same numbers twice.
 
     Args:
         network: (x_k, timestep) -> output, shapes (N, C, H, W), (N,) -> (N, C, H, W).
         coefficients: of K steps.
         x_T: standard normal, shape (N, C, H, W); the first state is `init_noise_sigma` times it.
-        noise: z_0, ..., z_{K-2}, shape (K - 1, N, C, H, W), or None where no noise is added.
-        remat: `none` keeps all activations; `denoiser` keeps only the input of each network call and computes the
-            call again in the backward pass.
+        noise: z_0, ..., z_{K-2}, shape (K - 1, N, C, H, W), or None where no noise is added. It may lie in main
+            memory: each step fetches its own.
+        remat: what is kept for the backward pass, a `Remat` or its name. `none` keeps all activations; `denoiser` keeps
+            only the input of each network call and computes the call again; `every(n)` and `budget(bytes)` lie between;
+            `+offload` keeps the states in main memory.
 
     Returns:
         The last state, x_0, shape (N, C, H, W). A warning says if it is not finite.
@@ -40,35 +44,102 @@ def unroll(
     Raises:
         ValueError: an unknown `remat`, noise of a wrong shape, or none where the sampler adds noise.
     """
-    if remat not in REMATS:
-        raise ValueError(f"Unknown remat '{remat}'; choose one of {', '.join(REMATS)}.")
+    policy = Remat.parse(remat)
     num_steps = coefficients.num_steps
     if noise is not None and noise.shape != (num_steps - 1, *x_T.shape):
         raise ValueError(f"noise must have shape {(num_steps - 1, *x_T.shape)}, got {tuple(noise.shape)}.")
     if noise is None and (coefficients.std.detach() != 0).any():
         raise ValueError("This sampler adds noise: give `noise`, or call the GGDMSampler, which draws it.")
-
-    # x0_hat is a combination of x_k and the output; folding it into the weights avoids a large x0_hat at high noise.
-    output_weight = (coefficients.nu * coefficients.pred[:, 1]).to(x_T)
-    state_weights = (coefficients.mu + torch.diag(coefficients.nu * coefficients.pred[:, 0])).to(x_T)
-    std = coefficients.std.to(x_T)
-    timesteps = coefficients.timesteps.to(device=x_T.device, dtype=torch.promote_types(torch.float32, x_T.dtype))
-    states = [coefficients.init_noise_sigma.to(x_T) * x_T]
-    for k in range(num_steps):
-        timestep = timesteps[k].expand(len(x_T))
-        if remat == "denoiser":
-            output: Tensor = checkpoint(network, states[k], timestep, use_reentrant=False, preserve_rng_state=False)
-        else:
-            output = network(states[k], timestep)
-        with torch.autocast(x_T.device.type, enabled=False):
-            x_next = torch.tensordot(state_weights[k, : k + 1], torch.stack(states), 1)
-        x_next = x_next + output_weight[k] * output.to(x_T.dtype)
-        if noise is not None and k < num_steps - 1:
-            x_next = x_next + std[k] * noise[k]
-        states.append(x_next)
-    if not states[-1].isfinite().all():
+    chain = _differentiable if torch.is_grad_enabled() else _fused
+    x_0 = chain(network, coefficients, x_T, noise, policy)
+    if not x_0.detach().isfinite().all():
         warnings.warn(
             "The sampler made images that are not finite; look at `print(sampler)` for states that grow out of scale.",
             stacklevel=2,
         )
+    return x_0
+
+
+def step_weights(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the states, shape (K, K), of the network's outputs, (K,), and of the noise, (K,), float64.
+
+    x0_hat is a combination of x_k and the output; folding it into the weights avoids a large x0_hat at high noise.
+    """
+    nu, pred = coefficients.nu, coefficients.pred
+    return coefficients.mu + torch.diag(nu * pred[:, 0]), nu * pred[:, 1], coefficients.std
+
+
+def network_times(coefficients: Coefficients, x_T: Tensor) -> Tensor:
+    """Times of the calls, shape (K,), on the device of the images and not in half precision."""
+    return coefficients.timesteps.to(device=x_T.device, dtype=torch.promote_types(torch.float32, x_T.dtype))
+
+
+def _differentiable(
+    network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None, policy: Remat
+) -> Tensor:
+    """What autograd keeps of a step is x_{k+1}, and the activations of the calls that are not computed again."""
+    num_steps, num = coefficients.num_steps, len(x_T)
+    state_weights, output_weights, std = (weight.to(x_T) for weight in step_weights(coefficients))
+    timesteps = network_times(coefficients, x_T)
+    times = [timesteps[k].expand(num) for k in range(num_steps)]
+    times[0] = times[0].detach()
+    recomputed = policy.recomputed(num_steps, lambda: activation_bytes(network, x_T, times[0]))
+    offload = Offload() if policy.offload else None
+    keep = offload.hold if offload else lambda state: state
+
+    def weighted_output(x: Tensor, timestep: Tensor, weight: Tensor) -> Tensor:
+        # The product is computed again with the call: its gradient needs the output, which then is not kept either.
+        return weight * network(x, timestep).to(x_T.dtype)
+
+    with offload or contextlib.nullcontext():
+        states = [keep(coefficients.init_noise_sigma.to(x_T) * x_T)]
+        for k in range(num_steps):
+            arguments = (states[k], times[k], output_weights[k])
+            if recomputed[k] and (states[k].requires_grad or times[k].requires_grad):
+                update = checkpoint(weighted_output, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                update = weighted_output(*arguments)
+            x_next = _Combine.apply(update, state_weights[k, : k + 1], *states)
+            if noise is not None and k < num_steps - 1:
+                x_next = torch.addcmul(x_next, std[k], keep(noise[k].to(x_T)))
+            states.append(keep(x_next))
     return states[-1]
+
+
+class _Combine(torch.autograd.Function):
+    """update + sum_j w_j x_j. A stack of the states serves the forward pass only; autograd keeps the states."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, weights: Tensor, *states: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(weights, *states)
+        return _multiply_add(update, weights, torch.stack(states).flatten(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        weights, *states = ctx.saved_tensors
+        _, *needed = ctx.needs_input_grad
+        slopes = torch.stack([(gradient * state).sum() for state in states]) if needed[0] else None
+        return gradient, slopes, *(w * gradient if need else None for w, need in zip(weights, needed[1:], strict=True))
+
+
+def _multiply_add(update: Tensor, weights: Tensor, states: Tensor) -> Tensor:
+    """update, shape (N, C, H, W), + weights^T states, shapes (k,), (k, N C H W), in full precision."""
+    with torch.autocast(update.device.type, enabled=False):
+        return torch.addmv(update.flatten(), states.T, weights).view(update.shape)
+
+
+def _fused(network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None, _policy: Remat) -> Tensor:
+    """The same numbers without a gradient: the states lie stacked in memory, none is copied at each step."""
+    num_steps, num = coefficients.num_steps, len(x_T)
+    state_weights, output_weights, std = (weight.to(x_T) for weight in step_weights(coefficients))
+    timesteps = network_times(coefficients, x_T)
+    states = x_T.new_empty(num_steps, x_T.numel())
+    x = coefficients.init_noise_sigma.to(x_T) * x_T
+    for k in range(num_steps):
+        states[k] = x.flatten()
+        update = output_weights[k] * network(x, timesteps[k].expand(num)).to(x_T.dtype)
+        x = _multiply_add(update, state_weights[k, : k + 1], states[: k + 1])
+        if noise is not None and k < num_steps - 1:
+            x = torch.addcmul(x, std[k], noise[k].to(x_T))
+    return x

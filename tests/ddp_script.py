@@ -18,7 +18,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def noise_of_two_ranks(shape, num_steps, key):
-    """What ranks 0 and 1 draw, for one process that takes both halves of the batch."""
+    """What ranks 0 and 1 draw for Gauss-Newton, for one process that takes both halves of the batch."""
     half = (shape[0] // 2, *shape[1:])
     draws = [draw_noise(half, num_steps, generator_for(*key[:-1], rank)) for rank in (0, 1)]
     return torch.cat([x for x, _ in draws]), torch.cat([z for _, z in draws], dim=1)
@@ -27,7 +27,9 @@ def noise_of_two_ranks(shape, num_steps, key):
 def main(world_size):
     module = make()
     if sys.argv[3] == "gauss_newton":
-        module.gauss_newton = GaussNewton(residual_images=16 // world_size)
+        module.gauss_newton = GaussNewton(residual_images=16 // world_size, trial_images=16 // world_size)
+        if world_size == 1:
+            module_file.generator_for, module_file.draw_noise = lambda *key: key, noise_of_two_ranks
     gradients = {}
 
     def keep_gradients(_):
@@ -35,10 +37,7 @@ def main(world_size):
             gradients.setdefault(name, value.grad.tolist())
 
     module.on_before_optimizer_step = keep_gradients
-    if world_size == 1:
-        module_file.generator_for, module_file.draw_noise = lambda *key: key, noise_of_two_ranks
-    else:
-        module.batch_size = 8
+    module.batch_size = 16 // world_size
     trainer = Trainer(
         strategy="ddp" if world_size > 1 else "auto",
         devices=world_size,

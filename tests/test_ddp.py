@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same scores on held-out noise, the gradient of the union of the batches."""
+"""W processes do what one does: the same scores on held-out noise, the gradient of the union of the batches."""
 
 import json
 import os
@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 
+from ddss_lightning.noise import batch_noise
 from tests.conftest import ROOT
+from tests.ddp_gradients import GLOBAL_BATCH, WAYS, gradient
 
 
-def run(world_size, folder, method):
-    command = [sys.executable, "-m", "tests.ddp_script", str(world_size), str(folder), method]
+def run(script, *arguments):
+    command = [sys.executable, "-m", f"tests.{script}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -22,9 +24,9 @@ def run(world_size, folder, method):
 
 @pytest.mark.parametrize("method", ["kid", "gauss_newton"])
 def test_two_processes_are_one_process(tmp_path, method):
-    one, two = run(1, tmp_path / "one", method), run(2, tmp_path / "two", method)
-    assert len(list((tmp_path / "two").rglob("sampler.json"))) == 1
-    assert len(list((tmp_path / "two").rglob("samples.png"))) == 1
+    one, two = (run("ddp_script", n, tmp_path / str(n), method) for n in (1, 2))
+    assert len(list((tmp_path / "2").rglob("sampler.json"))) == 1
+    assert len(list((tmp_path / "2").rglob("samples.png"))) == 1
     assert one["images"] == two["images"] == 25
     for name, value in one["initial"].items():
         assert abs(two["initial"][name] - value) <= 1e-5 * abs(value), name
@@ -33,3 +35,59 @@ def test_two_processes_are_one_process(tmp_path, method):
         torch.testing.assert_close(
             torch.tensor(two["gradients"][name]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
         )
+
+
+def assert_equal_gradients(found, expected, tolerance):
+    """Relative to the norm of the whole gradient."""
+    names = sorted(expected.keys() - {"broadcast"})
+
+    def flat(gradients):
+        return torch.cat([torch.tensor(gradients[name], dtype=torch.float64).flatten() for name in names])
+
+    ours, theirs = flat(found), flat(expected)
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    """Gradients of one process that keeps everything."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {way: gradient(way, 1, folder) for way in ("oracle", "oracle, whole real batch", "network")}
+
+
+def reference(way):
+    return "oracle, whole real batch" if "real" in way else way.split(",")[0]
+
+
+def tolerance(way):
+    return 1e-10 if way.startswith("oracle") else 1e-5
+
+
+@pytest.mark.parametrize("way", ["oracle, parts", "oracle, real batch", "network, parts"])
+def test_parts_of_the_batch_have_the_gradient_of_the_whole(tmp_path, whole_batch, way):
+    assert_equal_gradients(gradient(way, 1, tmp_path), whole_batch[reference(way)], tolerance(way))
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_processes_have_the_gradient_of_the_union_of_their_batches(tmp_path, whole_batch, num):
+    """With parts and without, with the bank and with minibatches of real images; nothing frozen is broadcast."""
+    ways = [way for way in WAYS if "local" not in way]
+    for way, found in run("ddp_gradients", num, tmp_path, *ways).items():
+        assert_equal_gradients(found, whole_batch[reference(way)], tolerance(way))
+        assert found["broadcast"] == 0
+
+
+def test_the_local_kid_is_the_mean_of_the_processes(tmp_path, whole_batch, monkeypatch):
+    """Two processes' own KIDs, against one process that computes each half by itself."""
+    found = run("ddp_gradients", 2, tmp_path, "oracle, local")["oracle, local"]
+    halves = [gradient("oracle", 1, tmp_path, GLOBAL_BATCH // 2)]
+    own = GLOBAL_BATCH // 2
+    monkeypatch.setattr(
+        "ddss_lightning.module.batch_noise",
+        lambda key, start, stop, *rest: batch_noise(key, start + own, stop + own, *rest),
+    )
+    halves.append(gradient("oracle", 1, tmp_path, own))
+    one, two = ({name: torch.tensor(value, dtype=torch.float64) for name, value in half.items()} for half in halves)
+    assert_equal_gradients(found, {name: ((one[name] + two[name]) / 2).tolist() for name in one}, 1e-10)
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(found, whole_batch["oracle"], 1e-3)

@@ -164,14 +164,41 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
     assert all(value.isfinite().all() for value in module.sampler.parameters())
 
 
-def test_noise_is_a_function_of_seed_step_and_rank(tmp_path, monkeypatch):
+def test_the_loss_is_computed_in_full_precision(tmp_path):
+    """Matrix products without TF32 and autocast, in both passes, whatever the Trainer and the user chose."""
+    module, seen = make(), []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), x.dtype))
+            return x.clone()
+
+        @staticmethod
+        def backward(_, gradient):
+            seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), gradient.dtype))
+            return gradient
+
+    original = module.loss.forward
+    module.loss.forward = lambda generated, real=None: original(Product.apply(generated.float()), real)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, precision="bf16-mixed")
+        runner.fit(module, data(steps=1))
+        assert seen == [("highest", False, torch.float32)] * 2
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_noise_is_a_function_of_seed_step_and_index(tmp_path, monkeypatch):
     keys = []
 
     def remember(*key):
         keys.append(key)
         return generator_for(*key)
 
-    monkeypatch.setattr("ddss_lightning.module.generator_for", remember)
+    monkeypatch.setattr("ddss_lightning.noise.generator_for", remember)
     results = []
     for seed in (7, 7, 1):
         module = make(seed=seed)
@@ -245,6 +272,10 @@ def test_parts_that_do_not_fit(denoiser, features):
         DDSSModule(denoiser, sampler, features, batch_size=1)
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
         DDSSModule(denoiser, sampler, features, ema_decay=1.0)
+    with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
+        DDSSModule(denoiser, sampler, features, microbatch_size=0)
+    with pytest.raises(ValueError, match="features_batch_size must be at least 1, got -1"):
+        DDSSModule(denoiser, sampler, features, features_batch_size=-1)
     with pytest.raises(ValueError, match="Unknown remat 'some'"):
         DDSSModule(denoiser, sampler, features, remat="some")
 

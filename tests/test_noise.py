@@ -1,6 +1,9 @@
+from itertools import pairwise
+
+import pytest
 import torch
 
-from ddss_lightning.noise import draw_noise, generator_for, held_out_noise
+from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
 
 
 def test_keys_tell_generators_apart():
@@ -28,3 +31,18 @@ def test_noise_is_standard_normal():
     assert (drawn.mean(1).abs() < 5 / 50_000**0.5).all()
     assert ((drawn.std(1) - 1).abs() < 5 / 100_000**0.5).all()
     assert (torch.corrcoef(drawn).fill_diagonal_(0).abs() < 5 / 50_000**0.5).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 64, 64)])
+def test_noise_of_a_batch_is_the_same_however_it_is_split(shape):
+    """Blocks hold 1024 and 85 images here: parts begin and end inside of blocks, and one spans a whole block."""
+    key, num = ("train", 0, 7), 1500 if shape[0] == 1 else 180
+    x_T, noise = batch_noise(key, 0, num, shape, 3)
+    assert x_T.shape == (num, *shape)
+    assert noise.shape == (2, num, *shape)
+    edges = [0, 1, num // 3, num - 5, num]
+    parts = [batch_noise(key, start, stop, shape, 3) for start, stop in pairwise(edges)]
+    assert torch.equal(torch.cat([x for x, _ in parts]), x_T)
+    assert torch.equal(torch.cat([z for _, z in parts], 1), noise)
+    assert len(x_T.flatten(1)[:, 0].unique()) == num
+    assert not torch.equal(batch_noise(("train", 0, 8), 0, num, shape, 3)[0], x_T)

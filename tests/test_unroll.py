@@ -3,6 +3,7 @@ import torch
 
 from ddss_lightning.ggdm import DEGREES, GGDMSampler
 from ddss_lightning.losses import kid
+from ddss_lightning.remat import KeepAll, MemoryBudget, RecomputeEvery, Remat, activation_bytes
 from ddss_lightning.unroll import unroll
 
 
@@ -50,34 +51,138 @@ def test_autograd_through_the_chain_is_finite_differences(mixture, options):
             assert value.grad.view(-1)[index].item() == pytest.approx(slope, rel=2e-5, abs=1e-7), (name, index)
 
 
-def test_rematerialisation_changes_nothing(denoiser):
+POLICIES = ["none", "denoiser", "every(2)", "budget(1)", "budget(1GiB)", "none+offload", "denoiser+offload"]
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_rematerialisation_changes_nothing(denoiser, remat):
     sampler = moved_sampler(denoiser.schedule)
     generator = torch.Generator().manual_seed(0)
     x_T, noise = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(3, 8, 1, 8, 8, generator=generator)
-    gradients = {}
-    for remat in ("none", "denoiser"):
+
+    def gradients(remat):
         sampler.zero_grad()
         image = sampler(denoiser, x_T, noise=noise, remat=remat)
         image.square().mean().backward()
-        gradients[remat] = [image.detach()] + [value.grad.clone() for value in sampler.corrections.values()]
-    for kept, again in zip(gradients["none"], gradients["denoiser"], strict=True):
+        return [image.detach()] + [value.grad.clone() for value in sampler.corrections.values()]
+
+    for kept, again in zip(gradients("none"), gradients(remat), strict=True):
         torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-6)
 
 
-def test_rematerialisation_calls_the_network_again(mixture):
-    calls = []
+def counted(network):
+    def count(x, t):
+        count.calls += 1
+        return network(x, t)
 
-    def network(x, t):
-        calls.append(t)
-        return mixture(x, t)
+    count.calls = 0
+    return count
 
+
+@pytest.mark.parametrize(
+    ("remat", "calls"), [("none", 4), ("denoiser", 7), ("every(2)", 6), ("every(3)", 5), ("budget(1GB)", 6)]
+)
+def test_the_network_calls_of_a_policy(mixture, remat, calls):
+    """The first call has no input that needs a gradient, so it is never computed again. Budget: two calls measure."""
+    network, x_T = counted(mixture), torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    sampler = moved_sampler(mixture.schedule)
+    sampler(network, x_T, noise=torch.zeros(3, *x_T.shape, dtype=torch.float64), remat=remat).sum().backward()
+    assert network.calls == calls
+
+
+def test_a_budget_keeps_what_fits(mixture):
+    """Calls 1, 2 and 3 have a gradient; each takes what `activation_bytes` says, and the last ones are kept."""
     x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64)
-    for remat, expected in (("none", 4), ("denoiser", 7)):
-        calls.clear()
-        # The first call has no input that needs a gradient but its time, which is learned here only later.
-        sampler = moved_sampler(mixture.schedule, learn=("mu",))
-        sampler(network, x_T, noise=torch.zeros(3, *x_T.shape, dtype=torch.float64), remat=remat).sum().backward()
-        assert len(calls) == expected, remat
+    size = activation_bytes(mixture, x_T, torch.tensor([500.0]))
+    assert size > x_T.nbytes
+    assert activation_bytes(mixture, x_T.repeat(3, 1, 1, 1), torch.tensor([500.0])) == 3 * size
+    for kept, again in ((0, 3), (1, 3 - 1), (2, 3 - 2), (3, 0)):
+        recomputed = MemoryBudget(num_bytes=kept * size + 1).recomputed(4, lambda: size)
+        assert recomputed == [True] * (4 - kept) + [False] * kept
+        network = counted(mixture)
+        sampler = moved_sampler(mixture.schedule)
+        noise = torch.zeros(3, *x_T.shape, dtype=torch.float64)
+        sampler(network, x_T, noise=noise, remat=f"budget({kept * size + 1}B)").sum().backward()
+        assert network.calls == 2 + 4 + again
+
+
+def test_rematerialisation_keeps_the_states_alone(denoiser):
+    """What autograd holds after the forward pass: one tensor of the batch's shape for each state, and its noise."""
+    x_T, noise = torch.randn(8, 1, 8, 8), torch.randn(3, 8, 1, 8, 8)
+    held = {}
+
+    def pack(value):
+        if value.requires_grad or value.numel() >= x_T.numel():
+            held[value.data_ptr()] = value
+        return value
+
+    sampler = moved_sampler(denoiser.schedule)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        x_0 = sampler(denoiser, x_T, noise=noise, remat="denoiser")
+    images = [value for value in held.values() if value.numel() >= x_T.numel()]
+    # Four states, three noises, and the output of the first call, which is not computed again.
+    assert len(images) == 4 + 3 + 1
+    assert all(value.shape == x_T.shape for value in images)
+    x_0.sum().backward()
+
+
+def test_states_are_sent_to_main_memory_once(mixture, monkeypatch):
+    copies = []
+    empty_like = torch.empty_like
+
+    def remember(value, **options):
+        if options.get("device") == "cpu":
+            copies.append(value.data_ptr())
+        return empty_like(value, **options)
+
+    monkeypatch.setattr(torch, "empty_like", remember)
+    x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    noise = torch.zeros(3, *x_T.shape, dtype=torch.float64)
+    x_0 = moved_sampler(mixture.schedule)(mixture, x_T, noise=noise, remat="denoiser+offload")
+    assert len(copies) == len(set(copies)) == 4 + 3
+    x_0.sum().backward()
+
+
+def test_sampling_and_learning_give_the_same_bits(denoiser):
+    """Micro-batches take the slope of the loss from images made without a graph."""
+    sampler = moved_sampler(denoiser.schedule)
+    x_T, noise = torch.randn(16, 1, 8, 8), torch.randn(3, 16, 1, 8, 8)
+    learned = sampler(denoiser, x_T, noise=noise)
+    with torch.no_grad():
+        assert torch.equal(sampler(denoiser, x_T, noise=noise), learned)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("none", KeepAll()),
+        ("denoiser", RecomputeEvery(n=1)),
+        ("every( 3 )", RecomputeEvery(n=3)),
+        ("budget(1.5GiB)", MemoryBudget(num_bytes=3 * 2**29)),
+        ("budget(1e6) + offload", MemoryBudget(offload=True, num_bytes=10**6)),
+        (KeepAll(offload=True), KeepAll(offload=True)),
+    ],
+)
+def test_policies_by_name(text, policy):
+    assert Remat.parse(text) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all", "Unknown remat 'all'; choose one of none, denoiser, every"),
+        ("every", "Unknown remat 'every'"),
+        ("denoiser+disk", "Unknown remat"),
+        ("none(3)", "Unknown remat"),
+        ("every(0)", "n of at least 1, got 0"),
+        ("budget(lots)", "'lots' is not a size in bytes; write it as 500MB"),
+        ("budget(5XB)", "'5XB' is not a size"),
+        ("budget(0)", "at least 1 byte"),
+    ],
+)
+def test_unknown_policies(text, message):
+    with pytest.raises(ValueError, match=message):
+        Remat.parse(text)
 
 
 def test_states_stay_float32_under_autocast(denoiser):

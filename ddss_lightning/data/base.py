@@ -14,7 +14,9 @@ from ddss_lightning.noise import generator_for
 
 
 class EpochSampler(DistributedSampler[int]):
-    """`samples_per_rank` indices per epoch: whole permutations, a function of (seed, epoch, rank).
+    """`samples_per_rank` indices per epoch: every W-th of whole permutations that are a function of (seed, epoch).
+
+    The minibatches of the W ranks together are the one that a single process would have with W times the batch.
 
     Lightning calls `set_epoch` at the start of each epoch, after a resume too, and leaves a `DistributedSampler` as
     it is.
@@ -30,11 +32,11 @@ class EpochSampler(DistributedSampler[int]):
         return self.samples_per_rank
 
     def __iter__(self) -> Iterator[int]:
-        generator = generator_for("data", self.seed, self.epoch, self.rank)
+        generator = generator_for("data", self.seed, self.epoch)
         num_images = len(self.dataset)  # type: ignore[arg-type]
-        rounds = -(-self.samples_per_rank // num_images)
-        order = torch.cat([torch.randperm(num_images, generator=generator) for _ in range(rounds)])
-        return iter(order[: self.samples_per_rank].tolist())
+        total = self.samples_per_rank * self.num_replicas
+        order = torch.cat([torch.randperm(num_images, generator=generator) for _ in range(-(-total // num_images))])
+        return iter(order[self.rank : total : self.num_replicas].tolist())
 
 
 class ShardSampler(DistributedSampler[int]):

@@ -1,0 +1,69 @@
+"""Run by test_ddp.py: the first gradient of a fit, for each way of computing it, on W processes; printed as JSON."""
+
+import json
+import logging
+import sys
+import warnings
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from ddss_lightning import ConvFeatures, DDSSModule, DiffusersDenoiser, DigitsDataModule, GGDMSampler, KIDLoss
+from ddss_lightning.data.digits import load_digits_tensors
+from ddss_lightning.denoisers import MixtureDenoiser
+from tests.conftest import DDPM, FEATURES
+from tests.test_unroll import moved_sampler
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+GLOBAL_BATCH = 18
+# Name -> precision of the oracle or of the network, arguments of the module.
+WAYS = {
+    "oracle": ("64-true", {}),
+    "oracle, parts": ("64-true", {"microbatch_size": 4, "remat": "denoiser", "features_batch_size": 3}),
+    "oracle, whole real batch": ("64-true", {"real": "batch"}),
+    "oracle, real batch": ("64-true", {"microbatch_size": 4, "real": "batch"}),
+    "oracle, local": ("64-true", {"gather_features": False}),
+    "network": ("32-true", {}),
+    "network, parts": ("32-true", {"microbatch_size": 4, "remat": "denoiser+offload", "features_batch_size": 3}),
+}
+
+
+def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
+    """The first gradient of each degree of freedom."""
+    precision, options = WAYS[way]
+    options = dict(options)
+    loss = KIDLoss(real=options.pop("real", "bank"))
+    denoiser, oracle = DiffusersDenoiser.from_pretrained(DDPM), way.startswith("oracle")
+    if oracle:
+        denoiser = MixtureDenoiser(load_digits_tensors()[0][:30], 0.1, denoiser.schedule)
+    # Unmoved where it is float32: chains of large corrections make more of the last digit.
+    sampler = moved_sampler(denoiser.schedule) if oracle else GGDMSampler(denoiser.schedule, 4, stride="quadratic")
+    features = ConvFeatures.from_pretrained(FEATURES)
+    size = global_batch // world_size
+    module = DDSSModule(denoiser, sampler, features, loss, batch_size=size, **options)
+    found = {}
+
+    def keep(_):
+        ddp = module.trainer.model
+        found["broadcast"] = len(getattr(ddp, "modules_buffers", []))
+        found.update({name: value.grad.tolist() for name, value in sampler.corrections.items()})
+
+    module.on_before_optimizer_step = keep
+    trainer = Trainer(
+        strategy=DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto",
+        devices=world_size, accelerator="cpu", precision=precision, max_steps=1, limit_val_batches=0,
+        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DigitsDataModule(batch_size=size, steps_per_epoch=1))
+    return found
+
+
+if __name__ == "__main__":
+    num, folder, ways = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    results = {way: gradient(way, num, folder) for way in ways}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print("RESULT", json.dumps(results))
