@@ -4,7 +4,7 @@
 
 Three stages, each with a progress bar: the classifier (seconds), the DDPM (about half an hour on two cores), and the
 quality figures of the cards (minutes). The DDPM can be interrupted: its state is written to
-`<output>/digits-ddpm.partial` every 500 iterations, every random number is a function of (seed, iteration), and the
+`<output>/digits-ddpm.partial` every three minutes, every random number is a function of (seed, iteration), and the
 same command goes on where it stopped, to the same result.
 """
 
@@ -19,23 +19,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from rich.progress import Progress, track
+from rich.progress import track
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from training import generator_at, train
 
 from ddss_lightning.data.digits import load_digits_tensors
 from ddss_lightning.features.convnet import ConvFeatures
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 
 BATCH_SIZE = 128
-
-
-def generator_at(*key: int) -> torch.Generator:
-    """A generator that is a function of the key alone, so that resumed work draws the same numbers."""
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,8 +85,6 @@ def make_unet() -> UNet2DModel:
 
 def train_ddpm(folder: Path, images: Tensor, seed: int, iterations: int) -> tuple[DDPMPipeline, float]:
     """Train with the simple loss (Ho et al. 2020, eq. 14), Adam, warm-up and cosine decay, EMA of the weights."""
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     # Sampling stays linear in the network's output: no clipping of x_0 inside the chain.
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
@@ -103,44 +94,30 @@ def train_ddpm(folder: Path, images: Tensor, seed: int, iterations: int) -> tupl
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 500) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / iterations)))
     )
-    keep = {"unet": unet, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
-    first, seconds = 0, 0.0
-    if (partial / "state.pt").exists():
-        state = torch.load(partial / "state.pt", weights_only=True)
-        if (state["seed"], state["iterations"]) != (seed, iterations):
-            raise SystemExit(
-                f"'{partial}' holds a run of seed {state['seed']}, {state['iterations']} iterations; remove it first."
-            )
-        for name, part in keep.items():
-            part.load_state_dict(state[name])
-        first, seconds = state["iteration"], state["seconds"]
-    started = time.time() - seconds
-    with Progress() as progress:
-        bar = progress.add_task("DDPM, iterations", total=iterations, completed=first)
-        for iteration in range(first, iterations):
-            generator = generator_at(seed, iteration)
-            x_0 = images[torch.randint(0, len(images), (BATCH_SIZE,), generator=generator)]
-            # Stratified timesteps: uniform, with less variance of the gradient.
-            offsets = torch.rand(BATCH_SIZE, generator=generator)
-            timesteps = ((torch.arange(BATCH_SIZE) + offsets) * (1000 / BATCH_SIZE)).long().clamp(max=999)
-            noise = torch.randn(x_0.shape, generator=generator)
-            eps = unet(noise_scheduler.add_noise(x_0, noise, timesteps), timesteps).sample
-            loss = nn.functional.mse_loss(eps, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            ema.update_parameters(unet)
-            progress.update(bar, advance=1, description=f"DDPM, iterations (loss {loss.item():.4f})")
-            if (iteration + 1) % 500 == 0:
-                state = {name: part.state_dict() for name, part in keep.items()}
-                state |= {"seed": seed, "iterations": iterations, "iteration": iteration + 1}
-                torch.save(state | {"seconds": time.time() - started}, partial / "state.pt.new")
-                (partial / "state.pt.new").replace(partial / "state.pt")
+
+    def step(iteration: int) -> Tensor:
+        generator = generator_at(seed, iteration)
+        x_0 = images[torch.randint(0, len(images), (BATCH_SIZE,), generator=generator)]
+        # Stratified timesteps: uniform, with less variance of the gradient.
+        offsets = torch.rand(BATCH_SIZE, generator=generator)
+        timesteps = ((torch.arange(BATCH_SIZE) + offsets) * (1000 / BATCH_SIZE)).long().clamp(max=999)
+        noise = torch.randn(x_0.shape, generator=generator)
+        eps = unet(noise_scheduler.add_noise(x_0, noise, timesteps), timesteps).sample
+        loss = nn.functional.mse_loss(eps, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        ema.update_parameters(unet)
+        return loss.detach()
+
+    parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
+    partial = folder.with_name(folder.name + ".partial")
+    seconds = train("DDPM, iterations", partial, {"seed": seed}, parts, step, iterations)
     pipeline = DDPMPipeline(unet=ema.module.to(memory_format=torch.contiguous_format).eval(), scheduler=noise_scheduler)
     pipeline.save_pretrained(folder)
-    return pipeline, time.time() - started
+    return pipeline, seconds
 
 
 @torch.no_grad()

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
     from ddss_lightning.coefficients import Coefficients
-    from ddss_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
+    from ddss_lightning.data import DigitsDataModule, GlyphsDataModule, ImageDataModule, ImageFolderDataModule
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
-    from ddss_lightning.features import ConvFeatures, FeatureExtractor, InceptionFeatures, ModuleFeatures
+    from ddss_lightning.features import (
+        ConvFeatures,
+        FeatureExtractor,
+        InceptionFeatures,
+        ModuleFeatures,
+        ResidualFeatures,
+    )
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import KIDLoss
@@ -32,9 +38,9 @@ __version__ = "0.1.0.dev0"
 _ROOMS = {
     "callbacks": ("ImageWriter", "SampleQuality", "SamplerPictures"),
     "coefficients": ("Coefficients",),
-    "data": ("DigitsDataModule", "ImageDataModule", "ImageFolderDataModule"),
+    "data": ("DigitsDataModule", "GlyphsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
-    "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures"),
+    "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures", "ResidualFeatures"),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("KIDLoss",),
@@ -64,6 +70,7 @@ __all__ = [
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",
+    "GlyphsDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",
@@ -77,6 +84,7 @@ __all__ = [
     "NoiseSchedule",
     "PrecisionRecall",
     "ReferenceStatistics",
+    "ResidualFeatures",
     "SampleQuality",
     "SamplerPictures",
 ]

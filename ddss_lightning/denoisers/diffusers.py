@@ -1,7 +1,9 @@
-"""Unconditional pixel models saved by the diffusers library."""
+"""Pixel models saved by the diffusers library, without conditions or with class labels."""
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,49 @@ from torch import Tensor, nn
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
+# Beside the folders `unet` and `scheduler` of a class-conditional model: {"null_label": ..., ...}.
+CLASSES_NAME = "classes.json"
+
 
 class DiffusersDenoiser(Denoiser):
-    """A diffusers `UNet2DModel` (or a network with the same call) and its schedule, frozen.
+    r"""A diffusers `UNet2DModel` (or a network with the same call) and its schedule, frozen.
+
+    A class-conditional network (`num_class_embeds`) that was trained with label dropout is shown its null label, so
+    that it serves as an unconditional one; `with_labels` shows it others, with classifier-free guidance (Ho and
+    Salimans 2022, eq. 6, with w the weight of the conditional output: 1 is no guidance)
+
+    .. math:: output = output_{null} + w (output_{label} - output_{null})
 
     Args:
         unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
         schedule: the noise schedule it was trained with.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
+        null_label: the label that stands for none, of a network with classes; None for a network without.
 
     Raises:
-        ValueError: a network whose output has more channels than its input (a learned variance).
+        ValueError: a network whose output has more channels than its input (a learned variance); a null label that
+            the network does not have, or none for a network with classes.
     """
 
     def __init__(
-        self, unet: nn.Module, schedule: NoiseSchedule, prediction_type: str = "epsilon", name: str = "unet"
+        self,
+        unet: nn.Module,
+        schedule: NoiseSchedule,
+        prediction_type: str = "epsilon",
+        name: str = "unet",
+        null_label: int | None = None,
     ) -> None:
         super().__init__()
         config: Any = unet.config
+        num_labels = config.get("num_class_embeds") or 0
+        if num_labels and null_label is None:
+            raise ValueError(
+                f"The network has {num_labels} classes; give the null_label that it was trained with for images of "
+                "any class. Networks that were trained without one are not supported."
+            )
+        if null_label is not None and not 0 <= null_label < num_labels:
+            raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
         if config.out_channels != config.in_channels:
             raise ValueError(
                 f"The network maps {config.in_channels} channels to {config.out_channels}; models with a learned "
@@ -42,10 +68,13 @@ class DiffusersDenoiser(Denoiser):
         self.prediction_type = prediction_type
         self.image_shape = (config.in_channels, height, width)
         self.name = name
+        self.num_labels, self.null_label = num_labels, null_label
+        self.labels: Tensor | None = None
+        self.guidance_scale = 1.0
         self.freeze()
 
     @classmethod
-    def from_pretrained(cls, pretrained_path: str, **kwargs: str) -> DiffusersDenoiser:
+    def from_pretrained(cls, pretrained_path: str, null_label: int | None = None, **kwargs: str) -> DiffusersDenoiser:
         """Load the network and the schedule of a diffusers pipeline folder, or of a model on the Hugging Face hub.
 
         The pipeline's `unet` and `scheduler` folders are read, or, as in the oldest models of the hub such as
@@ -53,11 +82,12 @@ class DiffusersDenoiser(Denoiser):
 
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
+            null_label: of a network with classes; default: that in `classes.json` of a local folder.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
-            ValueError: nothing there, a damaged folder, a network that is not an unconditional `UNet2DModel`, or a
-                scheduler of an unknown noise schedule.
+            ValueError: nothing there, a damaged folder, a network that is not a `UNet2DModel` without conditions or
+                with class labels and a null label, or a scheduler of an unknown noise schedule.
         """
         folder = Path(pretrained_path)
         if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
@@ -67,24 +97,65 @@ class DiffusersDenoiser(Denoiser):
             )
         try:
             unet, scheduler = _load_parts(pretrained_path, kwargs)
+            if null_label is None and (folder / CLASSES_NAME).is_file():
+                null_label = int(json.loads((folder / CLASSES_NAME).read_text())["null_label"])
         except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
         schedule = NoiseSchedule.from_scheduler(scheduler)
-        return cls(unet, schedule, scheduler_prediction_type(scheduler), name=pretrained_path)
+        return cls(unet, schedule, scheduler_prediction_type(scheduler), name=pretrained_path, null_label=null_label)
+
+    def with_labels(self, labels: Tensor, guidance_scale: float = 1.0) -> DiffusersDenoiser:
+        """The same frozen network for images of given classes; nothing is copied.
+
+        A call then costs one evaluation of the network at a guidance scale of 0 or 1, else two.
+
+        Args:
+            labels: of the images in every batch, in order, integers, shape (N,).
+            guidance_scale: w; 0 is unconditional, 1 conditional, more than 1 guided.
+
+        Raises:
+            ValueError: a network without classes, labels of another shape or that it does not have.
+        """
+        if not self.num_labels:
+            raise ValueError(f"The model '{self.name}' has no classes, so it cannot be given labels.")
+        if labels.ndim != 1 or labels.is_floating_point() or not ((labels >= 0) & (labels < self.num_labels)).all():
+            raise ValueError(
+                f"labels must be integers from 0 to {self.num_labels - 1}, shape (N,), got {labels.dtype} of shape "
+                f"{tuple(labels.shape)} from {labels.min()} to {labels.max()}."
+            )
+        conditioned = copy.copy(self)
+        conditioned.labels, conditioned.guidance_scale = labels, guidance_scale
+        return conditioned
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Output of the network at real-valued timesteps, shape (N, C, H, W).
 
         Raises:
-            ValueError: the images have another shape than the model's.
+            ValueError: the images have another shape than the model's, or are not as many as the labels given.
         """
         if tuple(x_t.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"The model '{self.name}' works on images of shape {self.image_shape} (channels, height, width), "
                 f"got {tuple(x_t.shape[1:])}."
             )
-        output: Tensor = self.unet(x_t.contiguous(memory_format=torch.channels_last), timestep, return_dict=False)[0]
+        if self.labels is None or self.guidance_scale == 0:
+            return self._call(x_t, timestep, None)
+        if len(self.labels) != len(x_t):
+            raise ValueError(f"{len(self.labels)} labels were given for a batch of {len(x_t)} images.")
+        labels = self.labels.to(x_t.device)
+        if self.guidance_scale == 1:
+            return self._call(x_t, timestep, labels)
+        both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
+        given, null = self._call(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both).chunk(2)
+        return null + self.guidance_scale * (given - null)
+
+    def _call(self, x_t: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        if self.null_label is not None and labels is None:
+            labels = torch.full((len(x_t),), self.null_label, device=x_t.device)
+        conditions = {} if labels is None else {"class_labels": labels}
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
         return output
 
 
@@ -100,8 +171,10 @@ def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any]:
 
     unet_config, where = config_of("unet", diffusers.UNet2DModel)
     name = unet_config.get("_class_name", "UNet2DModel")
-    if name != "UNet2DModel" or unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"):
-        raise ValueError(f"its network is a {name} with conditions; only an unconditional UNet2DModel is supported.")
+    if name != "UNet2DModel" or unet_config.get("class_embed_type"):
+        raise ValueError(
+            f"its network is a {name} with conditions; only a UNet2DModel without, or with class labels, is supported."
+        )
     # Loading in one go needs no further package (accelerate) and no warning of its absence.
     unet: nn.Module = diffusers.UNet2DModel.from_pretrained(path, low_cpu_mem_usage=False, **where)
     scheduler_config, where = config_of("scheduler", diffusers.DDPMScheduler)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
+from itertools import pairwise
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddss_lightning.features.base import FeatureExtractor
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+from ddss_lightning.features.saved import load_features, save_features
 
 
 class ConvFeatures(FeatureExtractor):
-    """Classifier of small images: four 3x3 convolutions, one pooling, a hidden layer of d features, a linear head.
+    """Classifier of small images: pairs of 3x3 convolutions, pooled in between, d hidden features, a linear head.
 
     All activations are SiLU, so that features are smooth functions of the image. It is made for training
     (`checkpoints/make_digits.py`), saved with `save_pretrained` and used through `from_pretrained`, which freezes it.
 
     Args:
         image_channels: C, at least 1.
-        image_size: height = width of the images, an even number.
-        width: channels of the first two convolutions; the last two have twice as many.
+        image_size: height = width of the images, a multiple of 2^(num_stages - 1).
+        width: channels of the first two convolutions; each further pair has twice as many.
         num_features: d, the length of the penultimate layer.
         num_classes: number of classes of the head.
+        num_stages: pairs of convolutions.
     """
 
     def __init__(
@@ -36,33 +33,34 @@ class ConvFeatures(FeatureExtractor):
         width: int = 32,
         num_features: int = 64,
         num_classes: int = 10,
+        num_stages: int = 2,
     ) -> None:
         super().__init__()
-        if image_size < 2 or image_size % 2:
-            raise ValueError(f"image_size must be an even number of pixels, got {image_size}.")
+        if num_stages < 1:
+            raise ValueError(f"num_stages must be at least 1, got {num_stages}.")
+        multiple = 2 ** (num_stages - 1)
+        if image_size < multiple or image_size % multiple:
+            raise ValueError(
+                f"image_size must be a multiple of {multiple} pixels for {num_stages} stages, got {image_size}."
+            )
         self.config = {
             "image_channels": image_channels,
             "image_size": image_size,
             "width": width,
             "num_features": num_features,
             "num_classes": num_classes,
+            "num_stages": num_stages,
         }
         self.num_features = num_features
         self.image_shape = (image_channels, image_size, image_size)
-        self.body = nn.Sequential(
-            nn.Conv2d(image_channels, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.SiLU(),
-            nn.AvgPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * (image_size // 2) ** 2, num_features),
-            nn.SiLU(),
-        )
+        layers: list[nn.Module] = []
+        channels = [image_channels, *(width * 2**stage for stage in range(num_stages))]
+        for inputs, outputs in pairwise(channels):
+            layers += [nn.AvgPool2d(2)] if layers else []
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.SiLU()]
+            layers += [nn.Conv2d(outputs, outputs, 3, padding=1), nn.SiLU()]
+        last = channels[-1] * (image_size // 2 ** (num_stages - 1)) ** 2
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(last, num_features), nn.SiLU())
         self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,12 +80,7 @@ class ConvFeatures(FeatureExtractor):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `save_directory` (created if missing)."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(
-            json.dumps({"_class_name": type(self).__name__, **self.config}, indent=2) + "\n"
-        )
-        save_file(self.state_dict(), folder / WEIGHTS_NAME)
+        save_features(self, self.config, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path) -> ConvFeatures:
@@ -97,20 +90,6 @@ class ConvFeatures(FeatureExtractor):
             pretrained_path: a local folder.
 
         Raises:
-            ValueError: the folder or one of its files is missing or damaged.
+            ValueError: the folder or one of its files is missing or damaged, or holds a network of another class.
         """
-        folder = Path(pretrained_path)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"No feature network in '{folder}': '{name}' is missing. Give the folder written by "
-                    "`ConvFeatures.save_pretrained`, such as 'checkpoints/digits-features'."
-                )
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_text())
-            config.pop("_class_name", None)
-            network = cls(**config)
-            network.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        except (json.JSONDecodeError, SafetensorError, RuntimeError, TypeError) as error:
-            raise ValueError(f"The feature network in '{folder}' is damaged or of another kind: {error}") from error
-        return network.freeze()
+        return load_features(cls, pretrained_path)

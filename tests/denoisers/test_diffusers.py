@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler, UNet2DModel
 
 from ddss_lightning.denoisers import DiffusersDenoiser
 from tests.conftest import DDPM
@@ -74,6 +74,67 @@ def test_foreign_parts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="KarrasVeScheduler has no `alphas_cumprod`"):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
     path = tmp_path / "m" / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_class_embeds": 10}))
-    with pytest.raises(ValueError, match="only an unconditional UNet2DModel is supported"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_embed_type": "timestep"}))
+    with pytest.raises(ValueError, match="only a UNet2DModel without, or with class labels, is supported"):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.fixture
+def labelled(schedule):
+    """A small network of three labels; the last is the null label."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(
+        sample_size=4, in_channels=1, out_channels=1, norm_num_groups=4, layers_per_block=1, num_class_embeds=3, **small
+    )
+    return DiffusersDenoiser(unet, schedule, null_label=2)
+
+
+def test_a_network_with_classes_is_unconditional_by_its_null_label(labelled):
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([10.0, 500.25, 999.0])
+    with torch.no_grad():
+        expected = labelled.unet(x, t, torch.tensor([2, 2, 2])).sample
+        assert torch.equal(labelled(x, t), expected)
+        assert torch.equal(labelled.with_labels(torch.tensor([0, 1, 0]), 0.0)(x, t), expected)
+
+
+def test_labels_and_guidance(labelled):
+    x, t, labels = torch.randn(3, 1, 4, 4), torch.tensor([10.0, 500.25, 999.0]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        null, given = labelled(x, t), labelled.unet(x, t, labels).sample
+        assert torch.equal(labelled.with_labels(labels)(x, t), given)
+        guided = labelled.with_labels(labels, 3.0)(x, t)
+        torch.testing.assert_close(guided, null + 3 * (given - null), rtol=1e-4, atol=1e-5)
+        # Guidance changes nothing where the label is the null label; elsewhere it does.
+        torch.testing.assert_close(guided[2], null[2], rtol=1e-4, atol=1e-5)
+        assert (guided[:2] - null[:2]).abs().max() > 1e-2
+    # The given one is as it was, and both are the same network.
+    assert labelled.labels is None
+    assert labelled.with_labels(labels).fingerprint() == labelled.fingerprint()
+
+
+def test_labelled_networks_are_saved_and_read(labelled, tmp_path):
+    labelled.unet.save_pretrained(tmp_path / "unet")
+    DDPMScheduler(1000).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match="The network has 3 classes; give the null_label"):
+        DiffusersDenoiser.from_pretrained(str(tmp_path))
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([10.0, 500.25, 999.0])
+    given = DiffusersDenoiser.from_pretrained(str(tmp_path), null_label=2)
+    (tmp_path / "classes.json").write_text('{"null_label": 2}')
+    read = DiffusersDenoiser.from_pretrained(str(tmp_path))
+    with torch.no_grad():
+        for again in (given, read):
+            torch.testing.assert_close(again(x, t), labelled(x, t), rtol=1e-4, atol=1e-5)
+
+
+def test_bad_labels(labelled, denoiser, schedule):
+    with pytest.raises(ValueError, match="null_label must be one of the network's 3 labels, got 3"):
+        DiffusersDenoiser(labelled.unet, schedule, null_label=3)
+    with pytest.raises(ValueError, match="null_label must be one of the network's 0 labels, got 1"):
+        DiffusersDenoiser(denoiser.unet, schedule, null_label=1)
+    with pytest.raises(ValueError, match="has no classes, so it cannot be given labels"):
+        denoiser.with_labels(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"integers from 0 to 2, shape \(N,\), got torch.int64 .* from 0 to 3"):
+        labelled.with_labels(torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="2 labels were given for a batch of 3 images"):
+        labelled.with_labels(torch.tensor([0, 1]))(torch.zeros(3, 1, 4, 4), torch.zeros(3))

@@ -31,8 +31,20 @@ def test_bad_input(tmp_path, features):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="is damaged"):
         ConvFeatures.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="even number"):
+    with pytest.raises(ValueError, match="a multiple of 2 pixels for 2 stages, got 7"):
         ConvFeatures(image_size=7)
+    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
+        ConvFeatures(num_stages=0)
+
+
+def test_each_stage_halves_the_resolution_and_doubles_the_channels():
+    network = ConvFeatures(3, image_size=16, width=4, num_features=6, num_classes=3, num_stages=3)
+    shapes = [tuple(p.shape) for p in network.parameters() if p.ndim > 1]
+    assert shapes == [
+        *((4, 3, 3, 3), (4, 4, 3, 3), (8, 4, 3, 3), (8, 8, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3)),
+        *((6, 16 * 4 * 4), (3, 6)),
+    ]
+    assert network(torch.rand(2, 3, 16, 16)).shape == (2, 6)
 
 
 def test_a_network_without_classes_says_so():

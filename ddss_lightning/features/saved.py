@@ -1,0 +1,49 @@
+"""Small feature networks in a folder: `config.json` with the constructor's arguments, and the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ddss_lightning.features.base import FeatureExtractor
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FeaturesT = TypeVar("FeaturesT", bound=FeatureExtractor)
+
+
+def save_features(network: FeatureExtractor, config: dict[str, Any], save_directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` into `save_directory` (created if missing)."""
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": type(network).__name__, **config}, indent=2) + "\n")
+    save_file(network.state_dict(), folder / WEIGHTS_NAME)
+
+
+def load_features(cls: type[FeaturesT], pretrained_path: str | Path) -> FeaturesT:
+    """Read what `save_features` wrote; the network comes back frozen.
+
+    Raises:
+        ValueError: the folder or one of its files is missing or damaged, or holds a network of another class.
+    """
+    folder = Path(pretrained_path)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"No feature network in '{folder}': '{name}' is missing. Give the folder written by "
+                f"`{cls.__name__}.save_pretrained`, such as 'checkpoints/digits-features'."
+            )
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        kind = config.pop("_class_name", cls.__name__)
+        if kind != cls.__name__:
+            raise TypeError(f"it is a {kind}, not a {cls.__name__}")
+        network = cls(**config)
+        network.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    except (json.JSONDecodeError, SafetensorError, RuntimeError, TypeError) as error:
+        raise ValueError(f"The feature network in '{folder}' is damaged or of another kind: {error}") from error
+    return network.freeze()
