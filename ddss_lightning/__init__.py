@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
+    from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
     from ddss_lightning.coefficients import Coefficients
     from ddss_lightning.data import DigitsDataModule, GlyphsDataModule, ImageDataModule, ImageFolderDataModule
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _ROOMS = {
-    "callbacks": ("ImageWriter", "SampleQuality", "SamplerPictures"),
+    "callbacks": ("ImageWriter", "Interruption", "SampleQuality", "SamplerPictures"),
     "coefficients": ("Coefficients",),
     "data": ("DigitsDataModule", "GlyphsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
@@ -76,6 +76,7 @@ __all__ = [
     "ImageWriter",
     "InceptionFeatures",
     "InceptionScore",
+    "Interruption",
     "KIDLoss",
     "KernelDistance",
     "KernelDistanceSubsets",

@@ -6,11 +6,13 @@ import os
 import re
 import sys
 import warnings
+from typing import Any
 
 from jsonargparse import auto_cli
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ddss_lightning.callbacks import ImageWriter, SampleQuality, SamplerPictures
+from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
 from ddss_lightning.commands import COMMANDS
 from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
@@ -45,7 +47,8 @@ class DDSSCommandLine(LightningCLI):
 
     `denoiser`, `sampler` and `features` are `class_path` and `init_args`; the class path can be a class or a method
     that makes one, such as `ddss_lightning.DiffusersDenoiser.from_pretrained`. The sampler gets the schedule and the
-    prediction type of the denoiser. The callbacks `quality`, `pictures` and `images` are always there.
+    prediction type of the denoiser. The callbacks `quality`, `pictures` and `images` are always there, and
+    `interruption` unless `trainer.enable_checkpointing` is false.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -57,6 +60,7 @@ class DDSSCommandLine(LightningCLI):
         parser.add_lightning_class_args(SampleQuality, "quality")
         parser.add_lightning_class_args(SamplerPictures, "pictures")
         parser.add_lightning_class_args(ImageWriter, "images")
+        parser.add_lightning_class_args(Interruption, "interruption")
         parser.link_arguments("denoiser", "sampler.init_args.schedule", compute_fn=_schedule, apply_on="instantiate")
         parser.link_arguments(
             "denoiser", "sampler.init_args.prediction_type", compute_fn=_prediction_type, apply_on="instantiate"
@@ -69,12 +73,21 @@ class DDSSCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make the recipe's objects; a saved sampler takes the place of the recipe's."""
+        if self._get(self.config, "ckpt_path") == "last":
+            # The same command starts a fit and goes on with it, in the same folder.
+            self.save_config_kwargs["overwrite"] = True
+            self._get(self.config, "quality").overwrite = True
         super().instantiate_classes()
         folder = self._get(self.config, "pretrained_sampler")
         if folder and self._get(self.config, "ckpt_path"):
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
         if folder:
             self.model.load_sampler(folder)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Interruption)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
 from ddss_lightning.ggdm import CARD_NAME, GGDMSampler, read_card
-from ddss_lightning.pictures import mu_figure
+from ddss_lightning.pictures import mu_figure, save_figure
 from ddss_lightning.scheduler import GGDMScheduler
 
 # The name under which a pipeline's `model_index.json` refers to the copy of `ddss_lightning/scheduler.py`.
@@ -118,7 +118,7 @@ def inspect(sampler: str, picture: str | None = None) -> None:
     print(f"scores: {json.dumps(card['scores'])}")
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        mu_figure(loaded.coefficients()).savefig(picture, dpi=150)
+        save_figure(mu_figure(loaded.coefficients()), picture)
         print(f"heat map: '{picture}'")
 
 

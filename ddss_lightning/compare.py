@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
+from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
-from ddss_lightning.pictures import comparison_figure, curves_figure
+from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
 from ddss_lightning.solvers import STRIDES, stride_timesteps
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -160,11 +160,10 @@ class Scores:
         """Keep one cell."""
         self.cells[key] = scores
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"protocol": self.protocol, "cells": dict(sorted(self.cells.items()))}, indent=1)
-        )
-        os.replace(temporary, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(
+                json.dumps({"protocol": self.protocol, "cells": dict(sorted(self.cells.items()))}, indent=1)
+            )
 
 
 class Judge:
@@ -364,8 +363,10 @@ def _write(
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(rows, protocol)
-    (output / "table.md").write_text(text)
-    (output / "table.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+    with replacing(output / "table.md") as partial:
+        partial.write_text(text)
+    with replacing(output / "table.json") as partial:
+        partial.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
     figures = {"fid": curves_figure(rows)}
     for nfe in arguments.steps:
         seed = arguments.seeds[0]
@@ -375,7 +376,7 @@ def _write(
             figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
     with SummaryWriter(str(output / "tensorboard")) as writer:
         for name, figure in figures.items():
-            figure.savefig(output / f"{name}.png", dpi=120)
+            save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)
     print(text)
     print(f"wrote table.md, table.json, fid.png, samples-*.png, scores.json and tensorboard/ to '{output}'")

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import inspect
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
 from ddss_lightning.coefficients import Coefficients, PredictionType, marginals, prediction_pair
+from ddss_lightning.files import replacing
 from ddss_lightning.probing import probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
@@ -342,7 +341,9 @@ class GGDMSampler(nn.Module):
         """Write the sampler: `sampler.safetensors` (numbers) and `sampler.json` (the card).
 
         The safetensors file holds what was learned, the schedule and, for readers without this package, the final
-        coefficients, all float64. Each file is replaced at once: no half-written file is left under its name.
+        coefficients, all float64. Both files are written under other names and then renamed: no half-written file is
+        left under its name. The card holds the SHA-256 of the numbers, so that a process that is killed between the two
+        renames cannot leave numbers that pass for those of another card.
 
         Args:
             save_directory: a folder; created, parents included.
@@ -360,9 +361,11 @@ class GGDMSampler(nn.Module):
         tensors = {f"learned.{name}": value.detach().contiguous() for name, value in self.corrections.items()}
         tensors |= {f"coefficients.{name}": value.contiguous() for name, value in vars(coefficients).items()}
         tensors |= {"schedule.logsnrs": self.schedule.table, "schedule.timesteps": self.schedule.grid}
+        numbers = save({name: value.cpu() for name, value in tensors.items()})
         card = {
             "_class_name": type(self).__name__,
             "format_version": FORMAT_VERSION,
+            "weights_sha256": hashlib.sha256(numbers).hexdigest(),
             "nfe": self.num_steps,
             "base_model": dict(base_model or {}),
             "schedule": {
@@ -376,12 +379,10 @@ class GGDMSampler(nn.Module):
             "scores": dict(scores or {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-            save_file({name: value.cpu() for name, value in tensors.items()}, Path(staging, WEIGHTS_NAME))
-            Path(staging, CARD_NAME).write_text(json.dumps(card, indent=2) + "\n")
-            for name in (WEIGHTS_NAME, CARD_NAME):
-                shutil.copymode(Path(staging, CARD_NAME), Path(staging, name))
-                os.replace(Path(staging, name), folder / name)
+        # Neither name changes before both files are complete.
+        with replacing(folder / CARD_NAME) as card_file, replacing(folder / WEIGHTS_NAME) as numbers_file:
+            numbers_file.write_bytes(numbers)
+            card_file.write_text(json.dumps(card, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path) -> GGDMSampler:
@@ -391,12 +392,19 @@ class GGDMSampler(nn.Module):
             pretrained_path: a local folder.
 
         Raises:
-            ValueError: a file is missing, damaged, or written by a newer format.
+            ValueError: a file is missing, damaged, of another sampler than the other, or written by a newer format.
         """
         folder = Path(pretrained_path)
         card = read_card(folder)
         try:
-            tensors = load_file(folder / WEIGHTS_NAME)
+            numbers = (folder / WEIGHTS_NAME).read_bytes()
+            # Cards of older versions do not say.
+            if card.get("weights_sha256") not in (None, hashlib.sha256(numbers).hexdigest()):
+                raise ValueError(
+                    f"The sampler in '{folder}' is damaged: '{WEIGHTS_NAME}' and '{CARD_NAME}' do not belong together. "
+                    "Writing was cut off between the two, or one was replaced; resume the fit, or save it again."
+                )
+            tensors = load(numbers)
             kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
             schedule = NoiseSchedule(tensors["schedule.logsnrs"], tensors.get("schedule.timesteps"), **kind)
             sampler = cls(schedule, **card["config"])

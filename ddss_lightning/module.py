@@ -68,6 +68,8 @@ class DDSSModule(LightningModule):
             None: all at once, and kept.
         gather_features: under DDP, the KID of the global batch; False: the mean over processes of the KID of each one's
             own, whose gradient is noisier.
+        max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
+            validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
 
@@ -95,6 +97,7 @@ class DDSSModule(LightningModule):
         microbatch_size: int | None = None,
         features_batch_size: int | None = None,
         gather_features: bool = True,
+        max_skipped_steps: int = 10,
         gauss_newton: GaussNewton | None = None,
         seed: int = 0,
     ) -> None:
@@ -107,6 +110,8 @@ class DDSSModule(LightningModule):
         for name, size in (("microbatch_size", microbatch_size), ("features_batch_size", features_batch_size)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
+        if max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}.")
         self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
         if gauss_newton is not None:
             self.save_hyperparameters({"gauss_newton": dataclasses.asdict(gauss_newton)})
@@ -122,7 +127,9 @@ class DDSSModule(LightningModule):
         self.lr, self.time_lr, self.betas = lr, time_lr, betas
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
         self.gradient_clip_norm = gradient_clip_norm
-        self.num_skipped = 0
+        self.max_skipped_steps = max_skipped_steps
+        self.num_skipped = self.num_skipped_in_a_row = 0
+        self._skipped_step = -1
         self._real: Tensor | None = None
         self._real_source: object = None
         # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
@@ -310,8 +317,30 @@ class DDSSModule(LightningModule):
         return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
 
     def _skip(self, reason: str) -> None:
+        if self._skipped_step == self.global_step:
+            return
+        self._skipped_step = self.global_step
         self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
         warnings.warn(f"Step {self.global_step}: {reason}; skipped ({self.num_skipped} so far).", stacklevel=2)
+        # The Trainer then validates, and callbacks keep what is good, before `on_fit_end` says why it stopped.
+        self.trainer.should_stop |= self.num_skipped_in_a_row >= self.max_skipped_steps
+
+    def on_fit_end(self) -> None:
+        """Say so if the fit stopped because it could not go on.
+
+        Raises:
+            FloatingPointError: the last `max_skipped_steps` steps were skipped.
+        """
+        if self.num_skipped_in_a_row >= self.max_skipped_steps:
+            raise FloatingPointError(
+                f"The fit stopped after step {self.global_step}: {self.num_skipped_in_a_row} steps in a row had a loss "
+                "or gradient that is not finite. The sampler is the best one so far; lower the learning rate."
+            )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Backpropagate; a loss that is not finite has a gradient that is not, which reaches all processes by DDP."""
+        super().backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan), *args, **kwargs)
 
     def _report_differences(self, done: int, total: int) -> None:
         # A step takes minutes: say at every tenth where it is.
@@ -319,11 +348,17 @@ class DDSSModule(LightningModule):
             rank_zero_info(f"step {self.global_step}: {done} of {total} differences")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
-        """Drop a gradient that is not finite: the step changes nothing, is counted and reported."""
+        """Drop a gradient that is not finite: the step is counted and reported, and changes nothing.
+
+        Neither the sampler, nor Adam's moments and counter, nor the running average. The schedule of the learning rate
+        goes on: it ends with `max_steps`, which counts skipped steps too.
+        """
         gradients = [p.grad for p in self.sampler.parameters() if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros(())
         self.log("train/grad_norm", norm)
-        if not norm.isfinite():
+        if norm.isfinite():
+            self.num_skipped_in_a_row = 0
+        else:
             self._skip("the gradient is not finite")
             for parameter in self.sampler.parameters():
                 parameter.grad = None
@@ -342,9 +377,16 @@ class DDSSModule(LightningModule):
             gradient_clip_val, gradient_clip_algorithm = self.gradient_clip_norm, "norm"
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
-        """Update the running average, with a shorter memory in the first steps."""
-        decay = min(self.ema_decay, self.global_step / (9 + self.global_step)) if self.ema_decay else 0.0
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Take the step, then update the running average, with a shorter memory in the first steps.
+
+        In one hook: checkpoints of `on_train_batch_end` hold both or neither.
+        """
+        super().optimizer_step(*args, **kwargs)
+        if self.num_skipped_in_a_row:
+            return
+        step = self.global_step + 1
+        decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
         with torch.no_grad():
             for mean, value in zip(self.averaged.parameters(), self.sampler.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
@@ -403,6 +445,7 @@ class DDSSModule(LightningModule):
         checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
         checkpoint["sampler_config"] = self.sampler.config
         checkpoint["num_skipped"] = self.num_skipped
+        checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another denoiser or of another sampler.
@@ -424,6 +467,7 @@ class DDSSModule(LightningModule):
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
         self.num_skipped = checkpoint["num_skipped"]
+        self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)
 
 
 def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.files import replacing
 from ddss_lightning.images import to_uint8
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ def save_png(image: Tensor, path: str | Path) -> None:
     from PIL import Image
 
     array = image.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+    with replacing(path) as partial:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi)
 
 
 def mu_figure(coefficients: Coefficients) -> Figure:

@@ -27,12 +27,13 @@ from torch import Tensor
 from ddss_lightning.callbacks.quality import quality_metrics, update_quality
 from ddss_lightning.cli import command_line
 from ddss_lightning.data import ImageDataModule
+from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
-from ddss_lightning.pictures import comparison_figure
+from ddss_lightning.pictures import comparison_figure, save_figure
 from ddss_lightning.solvers import STRIDES
 
 SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
@@ -163,14 +164,16 @@ def write_table(rows: list[dict[str, Any]], report: dict[str, Any], output: Path
     console.print(reference + ".", f"Learned FID: {summary}.", sep="\n")
     text = [f"{title}, noise of seed {report['seed']} that learning never saw.", "", *lines, "", reference + ".", ""]
     text += [f"Learned FID: {summary}.", ""]
-    (output / "table.md").write_text("\n".join(text))
-    (output / "table.json").write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
+    with replacing(output / "table.md") as partial:
+        partial.write_text("\n".join(text))
+    with replacing(output / "table.json") as partial:
+        partial.write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
 
 
 def draw(rows: list[dict[str, Any]], results: dict[Any, Any], report: dict[str, Any], path: Path) -> None:
     """Grids side by side, all from the same noise."""
     grids = [(f"{row['sampler']}\nFID {row['fid']:.1f}", results[row["sampler"], row["stride"]][1]) for row in rows]
-    comparison_figure(grids, f"{report['nfe']} network calls, same noise").savefig(path, dpi=100)
+    save_figure(comparison_figure(grids, f"{report['nfe']} network calls, same noise"), path, dpi=100)
 
 
 CARD = """---
@@ -200,7 +203,8 @@ def release(report: dict[str, Any], command: str, output: Path, folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     files = ["sampler/sampler.json", "sampler/sampler.safetensors", "samples.png", "table.json"]
     for name in files:
-        shutil.copyfile(output / name, folder / Path(name).name)
+        with replacing(folder / Path(name).name) as partial:
+            shutil.copyfile(output / name, partial)
     card = CARD.format(
         name=folder.name,
         model=Path(report["model"]).name,
@@ -211,7 +215,8 @@ def release(report: dict[str, Any], command: str, output: Path, folder: Path) ->
         minutes=report["minutes_of_learning"],
         machine=report["machine"],
     )
-    (folder / "README.md").write_text(card)
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(card)
 
 
 def main() -> None:

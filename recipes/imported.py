@@ -25,6 +25,7 @@ from rich.progress import track
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.features import ConvFeatures
+from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
@@ -125,7 +126,8 @@ class Judge:
                 metric.update(self.features(to_pixels(sampler(self.denoiser, x_T, noise=noise))))
             self.scores[key] = float(metric.compute())
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.scores, indent=1))
+            with replacing(self.path) as partial:
+                partial.write_text(json.dumps(self.scores, indent=1))
         return self.scores[key]
 
 
@@ -154,7 +156,8 @@ def fid(output: Path, seed: int) -> None:
     print(text)
     for num_steps, (score, nfe, anchor) in best.items():
         print(f"best at {num_steps}: {score:.2f}, {nfe} calls, {json.dumps(anchor)}")
-    (output / "table.md").write_text(text + "\n")
+    with replacing(output / "table.md") as partial:
+        partial.write_text(text + "\n")
     print(f"wrote {output / 'table.md'}, {judge.path}")
 
 

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_fit_resume_validate_test_predict(tmp_path, caplog):
     (resumed,) = (tmp_path / "digits_5" / "version_1" / "checkpoints").glob("*.ckpt")
     assert torch.load(resumed, weights_only=True)["global_step"] == 4
 
-    main(quick("validate", tmp_path, f"--ckpt_path={checkpoint}"))
+    main(quick("validate", tmp_path, f"--ckpt_path={checkpoint}", "--trainer.enable_checkpointing=false"))
     saved = f"--pretrained_sampler={version / 'sampler'}"
     main(quick("test", tmp_path, saved))
     main(quick("predict", tmp_path, saved, "--data.num_predict_images=5", f"--images.output_dir={tmp_path / 'out'}"))
@@ -166,6 +167,27 @@ def test_output_folders_are_not_overwritten(tmp_path, capsys):
     assert "already holds a sampler" in error_of(capsys, quick("fit", tmp_path, f"--quality.dirpath={tmp_path / 's'}"))
     assert (tmp_path / "s" / "sampler.json").read_bytes() == before
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_one_command_starts_a_fit_and_goes_on_with_it_after_sigterm(tmp_path):
+    flags = ["--trainer.max_steps=40", "--trainer.logger.version=night", "--interruption.minutes=0", "--ckpt_path=last"]
+    command = [sys.executable, "-m", "ddss_lightning.cli", *quick("fit", tmp_path, *flags)]
+    folder = tmp_path / "digits_5" / "night"
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (folder / "checkpoints" / "last.ckpt").exists() and first.poll() is None:
+        time.sleep(0.01)
+    first.terminate()
+    output = first.communicate()[1]
+    assert first.returncode == 143, output
+    step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 40
+    assert f"SIGTERM after step {step}: saved '{folder / 'checkpoints' / 'last.ckpt'}'. To go on: " in output
+    assert "Traceback" not in output
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert f"Restored all states from the checkpoint at {folder / 'checkpoints' / 'last.ckpt'}" in second.stderr
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 40
+    assert [path.name for path in (tmp_path / "digits_5").iterdir()] == ["night"]
 
 
 def test_the_console_script_exits_with_the_right_status():

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "ddss_lightning"
 
 # Room -> rooms it may import.
 ALLOWED = {
+    "files": set(),
     "frozen": set(),
     "images": set(),
     "noise": set(),
@@ -25,15 +26,15 @@ ALLOWED = {
     "unroll": {"coefficients", "remat"},
     "probing": {"schedule", "coefficients", "unroll"},
     "anchors": {"schedule", "coefficients", "solvers", "probing"},
-    "ggdm": {"anchors", "coefficients", "probing", "remat", "schedule", "solvers", "unroll"},
+    "ggdm": {"anchors", "coefficients", "files", "probing", "remat", "schedule", "solvers", "unroll"},
     "scheduler": set(),
-    "pictures": {"coefficients", "images"},
+    "pictures": {"coefficients", "files", "images"},
     "data": {"noise"},
     "gauss_newton": {"losses"},
     "module": {"denoisers", "features", "gauss_newton", "ggdm", "images", "losses", "noise", "remat"},
-    "callbacks": {"features", "ggdm", "images", "metrics", "module", "pictures"},
+    "callbacks": {"features", "files", "ggdm", "images", "metrics", "module", "pictures"},
     "commands": {"ggdm", "pictures", "scheduler"},
-    "compare": {"callbacks", "commands", "data", "ggdm", "images", "module", "noise", "pictures", "solvers"},
+    "compare": {"callbacks", "commands", "data", "files", "ggdm", "images", "module", "noise", "pictures", "solvers"},
     "cli": {
         "commands",
         "compare",

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddss_lightning import (
@@ -12,6 +12,7 @@ from ddss_lightning import (
     DiffusersDenoiser,
     DigitsDataModule,
     GGDMSampler,
+    Interruption,
     KIDLoss,
     NoiseSchedule,
     SampleQuality,
@@ -160,7 +161,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
     module.loss.forward = loss
     with pytest.warns(UserWarning, match=r"Step 1: the gradient is not finite; skipped \(1 so far\)"):
         trainer(tmp_path, 2, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
-    assert module.num_skipped == 1
+    assert (module.num_skipped, module.num_skipped_in_a_row) == (1, 0)
     assert all(value.isfinite().all() for value in module.sampler.parameters())
 
 
@@ -189,6 +190,70 @@ def test_the_loss_is_computed_in_full_precision(tmp_path):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_skipped_step_changes_nothing_but_the_schedule(tmp_path, place):
+    """Sampler, running average, Adam's moments and its counter, for a bad loss with a good gradient and for NaN."""
+    states, rates = [], []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            (optimizer,) = trainer.optimizers
+            states.append(copy.deepcopy([pl_module.state_dict(), optimizer.state_dict()["state"]]))
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = make(sampler={"learn": ("mu",)})
+    original = module.loss.forward
+
+    def forward(generated, real=None):
+        value = original(generated, real)
+        if len(states) != 2:
+            return value
+        return value + torch.tensor(torch.inf) if place == "loss" else value * torch.nan
+
+    module.loss.forward = forward
+    with pytest.warns(UserWarning, match="Step 2: the gradient is not finite; skipped"):
+        trainer(tmp_path, 2, enable_checkpointing=False, limit_val_batches=0, callbacks=[Look()]).fit(module, data())
+    for before, after, equal in ((0, 1, False), (1, 2, True), (2, 3, False)):
+        for key in ("sampler.corrections.mu", "averaged.corrections.mu"):
+            assert torch.equal(states[before][0][key], states[after][0][key]) == equal, key
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(states[before][1][0][key], states[after][1][0][key]) == equal, key
+    assert len(set(rates)) == 4
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_fit_with_the_best_sampler(tmp_path):
+    """Good steps 0 and 1 and 4, bad ones from 5 on: at the third in a row it validates, saves, and says why it ends."""
+    module = make(max_skipped_steps=3, lr=1e-2)
+    original = module.loss.forward
+    bad = {2, 3, *range(5, 100)}
+    module.loss.forward = lambda *inputs: original(*inputs) * (torch.nan if module.global_step in bad else 1.0)
+    quality, interruption = SampleQuality(dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))
+    runner = trainer(tmp_path, 4, callbacks=[quality, interruption])
+    with pytest.raises(FloatingPointError, match=r"after step 8: 3 steps in a row .* lower the learning rate"):
+        runner.fit(module, data(steps=20))
+    assert module.num_skipped == 5
+    assert quality.scores["fid"] != quality.initial["fid"]
+    saved = GGDMSampler.from_pretrained(tmp_path / "s")
+    for name, value in quality.best_sampler.items():
+        assert value.isfinite().all()
+        assert torch.equal(saved.state_dict()[name], value)
+        assert torch.equal(module.sampler.state_dict()[name], value)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert (checkpoint["num_skipped"], checkpoint["num_skipped_in_a_row"], checkpoint["global_step"]) == (5, 3, 8)
+
+
+def test_a_resumed_fit_in_another_folder_has_its_best_sampler_there(tmp_path):
+    module = make(lr=5.0, time_lr=5.0, warmup_steps=0)
+    parts = [SampleQuality(dirpath=str(tmp_path / "one")), Interruption(dirpath=str(tmp_path))]
+    trainer(tmp_path, 1, callbacks=parts).fit(module, data())
+    quality = SampleQuality(dirpath=str(tmp_path / "two"))
+    again = make(lr=5.0, time_lr=5.0, warmup_steps=0)
+    trainer(tmp_path, 2, callbacks=[quality]).fit(again, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert quality.best_step == 0
+    for name in ("sampler.json", "sampler.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_noise_is_a_function_of_seed_step_and_index(tmp_path, monkeypatch):
@@ -276,6 +341,8 @@ def test_parts_that_do_not_fit(denoiser, features):
         DDSSModule(denoiser, sampler, features, microbatch_size=0)
     with pytest.raises(ValueError, match="features_batch_size must be at least 1, got -1"):
         DDSSModule(denoiser, sampler, features, features_batch_size=-1)
+    with pytest.raises(ValueError, match="max_skipped_steps must be at least 1, got 0"):
+        DDSSModule(denoiser, sampler, features, max_skipped_steps=0)
     with pytest.raises(ValueError, match="Unknown remat 'some'"):
         DDSSModule(denoiser, sampler, features, remat="some")
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ddss_lightning.module import DDSSModule
-from ddss_lightning.pictures import image_grid, mu_figure, save_png, times_figure
+from ddss_lightning.pictures import image_grid, mu_figure, save_figure, save_png, times_figure
 
 
 class SamplerPictures(Callback):
@@ -71,7 +71,7 @@ class SamplerPictures(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         save_png(self._grid, folder / "samples.png")
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            save_figure(figure, folder / f"{name}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", self._grid, trainer.global_step)

@@ -124,8 +124,11 @@ class SampleQuality(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the initial sampler, unless a resumed fit has its scores."""
+        """Score the initial sampler; a resumed fit has its scores, and sees that its best sampler is in its folder."""
         assert isinstance(pl_module, DDSSModule)
+        folder = self.folder(trainer)
+        if self.best and not (folder / CARD_NAME).exists():
+            self._write(trainer, pl_module, folder)
         loader = getattr(getattr(trainer, "datamodule", None), "val_dataloader", None)
         if self.initial or loader is None or not trainer.enable_validation:
             return
@@ -187,16 +190,22 @@ class SampleQuality(Callback):
         folder = self.folder(trainer)
         self.best, self.best_step = dict(self.scores), trainer.global_step
         self.best_sampler = copy.deepcopy(module.averaged.state_dict())
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            scores = {
-                "validation": self.best,
-                "validation_of_initial_sampler": self.initial,
-                "validation_images": self.num_images,
-                "training_step": self.best_step,
-                "seed": module.seed,
-            }
-            base_model = {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
-            module.averaged.save_pretrained(folder, base_model, scores, overwrite=True)
+        self._write(trainer, module, folder)
+
+    def _write(self, trainer: Trainer, module: DDSSModule, folder: Path) -> None:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        scores = {
+            "validation": self.best,
+            "validation_of_initial_sampler": self.initial,
+            "validation_images": self.num_images,
+            "training_step": self.best_step,
+            "seed": module.seed,
+        }
+        base_model = {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
+        sampler = copy.deepcopy(module.averaged)
+        sampler.load_state_dict(self.best_sampler)
+        sampler.save_pretrained(folder, base_model, scores, overwrite=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
@@ -222,12 +231,14 @@ class SampleQuality(Callback):
             "best": self.best,
             "best_step": self.best_step,
             "best_sampler": self.best_sampler,
+            "num_images": self.num_images,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.initial, self.best = state_dict["initial"], state_dict["best"]
         self.best_step, self.best_sampler = state_dict["best_step"], state_dict["best_sampler"]
+        self.num_images = state_dict.get("num_images", 0)
 
 
 def _line(scores: dict[str, float]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,25 +19,51 @@ class EpochSampler(DistributedSampler[int]):
 
     The minibatches of the W ranks together are the one that a single process would have with W times the batch.
 
-    Lightning calls `set_epoch` at the start of each epoch, after a resume too, and leaves a `DistributedSampler` as
-    it is.
+    `used` says how many indices are behind; so a fit that is resumed in the middle of an epoch goes on with the next.
+    Without it the epoch is that of `set_epoch`. Lightning calls that too, and leaves a `DistributedSampler` as it is;
+    but a fit with `max_steps` resumed from the end of an epoch gets the number of the epoch after the next from it.
     """
 
     def __init__(
-        self, dataset: Dataset[Tensor], samples_per_rank: int, seed: int, world_size: int = 1, rank: int = 0
+        self,
+        dataset: Dataset[Tensor],
+        samples_per_rank: int,
+        seed: int,
+        world_size: int = 1,
+        rank: int = 0,
+        used: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
-        self.samples_per_rank = samples_per_rank
+        self.samples_per_rank, self.used = samples_per_rank, used
 
     def __len__(self) -> int:
         return self.samples_per_rank
 
     def __iter__(self) -> Iterator[int]:
-        generator = generator_for("data", self.seed, self.epoch)
+        used = self.used() if self.used else self.epoch * self.samples_per_rank
+        epoch, first = divmod(used, self.samples_per_rank)
+        return iter(self._order(epoch)[first:] + self._order(epoch + 1)[:first])
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = generator_for("data", self.seed, epoch)
         num_images = len(self.dataset)  # type: ignore[arg-type]
         total = self.samples_per_rank * self.num_replicas
         order = torch.cat([torch.randperm(num_images, generator=generator) for _ in range(-(-total // num_images))])
-        return iter(order[self.rank : total : self.num_replicas].tolist())
+        return order[self.rank : total : self.num_replicas].tolist()
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """Lightning takes a loader with these two methods for one that can go on in the middle of an epoch.
+
+    There is nothing to remember: the `EpochSampler` asks the trainer how far it is.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
 
 
 class ShardSampler(DistributedSampler[int]):
@@ -123,8 +150,10 @@ class ImageDataModule(LightningDataModule, ABC):
         """Minibatches of real images."""
         self.setup()
         assert self.dataset is not None
-        sampler = EpochSampler(self.dataset, self.batch_size * self.steps_per_epoch, self.seed, *self._processes())
-        return DataLoader(self.dataset, batch_size=self.batch_size, sampler=sampler)
+        samples, trainer = self.batch_size * self.steps_per_epoch, self.trainer
+        used = None if trainer is None else lambda: trainer.global_step * self.batch_size
+        sampler = EpochSampler(self.dataset, samples, self.seed, *self._processes(), used)
+        return ResumableLoader(self.dataset, batch_size=self.batch_size, sampler=sampler)
 
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

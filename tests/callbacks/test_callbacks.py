@@ -1,10 +1,15 @@
+import signal
+import types
+
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddss_lightning import GGDMSampler, SampleQuality, SamplerPictures
+from ddss_lightning import GGDMSampler, Interruption, SampleQuality, SamplerPictures
 from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
@@ -63,3 +68,47 @@ def test_existing_sampler_is_not_overwritten(tmp_path):
         runner.fit(module, data())
     with pytest.raises(ValueError, match="monitor must be 'fid' or 'kid', got 'is'"):
         SampleQuality("is")
+
+
+def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):
+    """Four steps an epoch, a validation after each second one, a minute a step, a checkpoint every minute."""
+    saved, validated = [], []
+    module = make()
+    keep = Interruption(minutes=1, dirpath=str(tmp_path))
+    clock = types.SimpleNamespace(monotonic=lambda: 60.0 * module.global_step)
+    monkeypatch.setattr("ddss_lightning.callbacks.interruption.time", clock)
+
+    class Look(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            saved.append(trainer.global_step)
+
+        def on_validation_start(self, trainer, pl_module):
+            validated.append(trainer.global_step)
+            assert saved[-1] < trainer.global_step
+
+    runner = trainer(tmp_path, 2, callbacks=[Look(), keep], val_check_interval=2)
+    runner.fit(module, data(steps=4))
+    assert validated == [2, 4, 6, 8]
+    assert saved == [1, 3, 4, 5, 7, 8]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    with pytest.raises(ValueError, match="minutes must be at least 0, got -1"):
+        Interruption(minutes=-1)
+
+
+def test_the_trainer_s_own_checkpoint_plugin_stays(tmp_path):
+    class Plugin(TorchCheckpointIO):
+        saved = 0
+
+        def save_checkpoint(self, *arguments, **options):
+            Plugin.saved += 1
+            super().save_checkpoint(*arguments, **options)
+
+    runner = trainer(tmp_path, 1, callbacks=[Interruption(dirpath=str(tmp_path))], plugins=[Plugin()])
+    runner.fit(make(), data())
+    assert Plugin.saved == 1
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    trainer(tmp_path, 1, callbacks=[Interruption(dirpath=str(tmp_path))]).fit(make(), data())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
