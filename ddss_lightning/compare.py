@@ -229,7 +229,7 @@ class Judge:
         """The first images of the test noise, the same noise for every candidate."""
         module = self.module
         indices = list(range(GRID_IMAGES))
-        x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.image_shape, candidate.nfe)
+        x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.state_shape, candidate.nfe)
         device = next(module.denoiser.parameters(), torch.zeros(())).device
         return to_pixels(candidate.sampler.to(device)(module.denoiser, x_T.to(device), noise=noise.to(device))).cpu()
 

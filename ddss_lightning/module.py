@@ -64,8 +64,8 @@ class DDSSModule(LightningModule):
         remat: what is kept for the backward pass: `none`, `denoiser`, `every(n)` or `budget(bytes)`, with `+offload` or
             without, see `unroll`.
         microbatch_size: images that go through chain and feature network at once; None: all of `batch_size`.
-        features_batch_size: images that go through the feature network at once, computed again in the backward pass;
-            None: all at once, and kept.
+        features_batch_size: images that go through the feature network (of a latent model: through its decoder too) at
+            once, computed again in the backward pass; None: all at once, and kept.
         gather_features: under DDP, the KID of the global batch; False: the mean over processes of the KID of each one's
             own, whose gradient is noisier.
         max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
@@ -226,23 +226,30 @@ class DDSSModule(LightningModule):
     def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
         sampler = self.sampler if sampler is None else sampler
+        return to_pixels(self.denoiser.decode(self._last_state(sampler, x_T, noise)))
+
+    def _last_state(self, sampler: GGDMSampler, x_T: Tensor, noise: Tensor) -> Tensor:
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
-        return to_pixels(sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
+        return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
 
     def generated_features(self, x_T: Tensor, noise: Tensor) -> Tensor:
         """Phi of the images from this noise, shape (N, d)."""
-        images = self.generate(x_T, noise)
+        x_0 = self._last_state(self.sampler, x_T, noise)
+
+        def features(part: Tensor) -> Tensor:
+            return cast(Tensor, self.features(to_pixels(self.denoiser.decode(part))))
+
         if self.features_batch_size is None:
-            return cast(Tensor, self.features(images))
-        parts = images.split(self.features_batch_size)
-        return torch.cat([checkpoint(self.features, part, use_reentrant=False) for part in parts])
+            return features(x_0)
+        parts = x_0.split(self.features_batch_size)
+        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in parts])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """KID of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
         start = self.global_rank * self.batch_size
-        key, shape = ("train", self.seed, self.global_step), self.denoiser.image_shape
+        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
         x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
 
         def part(where: slice) -> Tensor:
@@ -291,11 +298,11 @@ class DDSSModule(LightningModule):
             generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
             parts, sizes = [], [len(part) for part in torch.arange(num_images).split(self.batch_size)]
             for size in sizes:
-                x_T, noise = draw_noise((size, *self.denoiser.image_shape), self.sampler.num_steps, generator)
+                x_T, noise = draw_noise((size, *self.denoiser.state_shape), self.sampler.num_steps, generator)
                 # Differences of a thousandth drown in the rounding of bfloat16.
                 with torch.autocast(self.device.type, enabled=False):
-                    x_0 = self.sampler(self.denoiser, x_T.to(self.device), noise=noise)
-                    features = self.features(to_pixels(x_0) if rounded else x_0.clamp(-1, 1))
+                    images = self.denoiser.decode(self._last_state(self.sampler, x_T, noise))
+                    features = self.features(to_pixels(images) if rounded else images.clamp(-1, 1))
                 parts.append(distance.moments(features) * size)
             mean = torch.stack(parts).sum(0) / num_images
             return torch.stack(list(self.all_gather(mean))).mean(0) if self.trainer.world_size > 1 else mean
@@ -423,7 +430,7 @@ class DDSSModule(LightningModule):
 
     def _from_indices(self, split: str, indices: Tensor) -> Tensor:
         key = f"{split}/{self.seed}"
-        x_T, noise = held_out_noise(key, indices.tolist(), self.denoiser.image_shape, self.sampler.num_steps)
+        x_T, noise = held_out_noise(key, indices.tolist(), self.denoiser.state_shape, self.sampler.num_steps)
         return self.generate(x_T, noise, self.averaged)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature

@@ -69,7 +69,7 @@ def score(
     metrics = quality_metrics(module.features, real)
     first: list[Tensor] = []
     for indices in torch.arange(num_images).split(BATCH_SIZE):
-        x_T, noise = held_out_noise(f"test/{seed}", indices.tolist(), module.denoiser.image_shape, sampler.num_steps)
+        x_T, noise = held_out_noise(f"test/{seed}", indices.tolist(), module.denoiser.state_shape, sampler.num_steps)
         images = to_pixels(sampler(module.denoiser, x_T, noise=noise))
         update_quality(metrics, module.features, images, indices)
         first = first or [images[:64]]

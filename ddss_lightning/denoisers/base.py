@@ -16,7 +16,7 @@ class Denoiser(Frozen, ABC):
     Attributes:
         schedule: its noise schedule.
         prediction_type: what the output is: `epsilon`, `sample` or `v_prediction`.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width) of the images.
         name: where it came from, for cards and messages.
     """
 
@@ -30,9 +30,18 @@ class Denoiser(Frozen, ABC):
         """The network's output.
 
         Args:
-            x_t: shape (N, *image_shape).
+            x_t: shape (N, *state_shape).
             timestep: real-valued, in [0, num_train_timesteps - 1], shape (N,).
 
         Returns:
             Shape of x_t.
         """
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the states x_t: those of the images, but for latent models."""
+        return self.image_shape
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images, shape (N, *image_shape), around [-1, 1], of last states, shape (N, *state_shape)."""
+        return x_0

@@ -1,4 +1,4 @@
-"""Pixel models saved by the diffusers library, without conditions or with class labels."""
+"""Pixel and latent models saved by the diffusers library, without conditions or with class labels."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ class DiffusersDenoiser(Denoiser):
 
     .. math:: output = output_{null} + w (output_{label} - output_{null})
 
+    A latent model's states are latents; `decode` makes images of them, x = decoder(z / scaling_factor).
+
     Args:
         unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
         schedule: the noise schedule it was trained with.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
         null_label: the label that stands for none, of a network with classes; None for a network without.
+        vae: decoder of a latent model: a diffusers `VQModel` or `AutoencoderKL`.
 
     Raises:
         ValueError: a network whose output has more channels than its input (a learned variance); a null label that
@@ -45,6 +48,7 @@ class DiffusersDenoiser(Denoiser):
         prediction_type: str = "epsilon",
         name: str = "unet",
         null_label: int | None = None,
+        vae: nn.Module | None = None,
     ) -> None:
         super().__init__()
         config: Any = unet.config
@@ -66,7 +70,9 @@ class DiffusersDenoiser(Denoiser):
         self.unet = unet.to(memory_format=torch.channels_last)
         self.schedule = schedule
         self.prediction_type = prediction_type
-        self.image_shape = (config.in_channels, height, width)
+        self._state_shape = (config.in_channels, height, width)
+        self.vae = vae
+        self.image_shape = self._state_shape if vae is None else _decoded_shape(vae, self._state_shape)
         self.name = name
         self.num_labels, self.null_label = num_labels, null_label
         self.labels: Tensor | None = None
@@ -74,7 +80,9 @@ class DiffusersDenoiser(Denoiser):
         self.freeze()
 
     @classmethod
-    def from_pretrained(cls, pretrained_path: str, null_label: int | None = None, **kwargs: str) -> DiffusersDenoiser:
+    def from_pretrained(
+        cls, pretrained_path: str, null_label: int | None = None, compile_mode: str | None = None, **kwargs: str
+    ) -> DiffusersDenoiser:
         """Load the network and the schedule of a diffusers pipeline folder, or of a model on the Hugging Face hub.
 
         The pipeline's `unet` and `scheduler` folders are read, or, as in the oldest models of the hub such as
@@ -83,11 +91,13 @@ class DiffusersDenoiser(Denoiser):
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
             null_label: of a network with classes; default: that in `classes.json` of a local folder.
+            compile_mode: compile the network with `torch.compile` in this mode, `default`, `reduce-overhead` (with CUDA
+                graphs) or `max-autotune`; None: not. Times are tensors: a step with other times is not compiled again.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
             ValueError: nothing there, a damaged folder, a network that is not a `UNet2DModel` without conditions or
-                with class labels and a null label, or a scheduler of an unknown noise schedule.
+                with class labels and a null label, a scheduler of an unknown noise schedule, or an unknown mode.
         """
         folder = Path(pretrained_path)
         if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
@@ -95,15 +105,33 @@ class DiffusersDenoiser(Denoiser):
                 f"No diffusion model in '{pretrained_path}': there is no such folder. Give a folder written by a "
                 "diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
             )
+        modes = ("default", "reduce-overhead", "max-autotune")
+        if compile_mode is not None and compile_mode not in modes:
+            raise ValueError(f"Unknown compile_mode '{compile_mode}'; choose one of {', '.join(modes)}, or none.")
         try:
-            unet, scheduler = _load_parts(pretrained_path, kwargs)
+            unet, scheduler, vae = _load_parts(pretrained_path, kwargs)
             if null_label is None and (folder / CLASSES_NAME).is_file():
                 null_label = int(json.loads((folder / CLASSES_NAME).read_text())["null_label"])
         except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
         schedule = NoiseSchedule.from_scheduler(scheduler)
-        return cls(unet, schedule, scheduler_prediction_type(scheduler), name=pretrained_path, null_label=null_label)
+        if compile_mode is not None:
+            unet.compile(mode=compile_mode)
+        return cls(unet, schedule, scheduler_prediction_type(scheduler), pretrained_path, null_label, vae)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of x_t."""
+        return self._state_shape
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images of last states."""
+        if self.vae is None:
+            return x_0
+        vae: Any = self.vae
+        images: Tensor = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+        return images
 
     def with_labels(self, labels: Tensor, guidance_scale: float = 1.0) -> DiffusersDenoiser:
         """The same frozen network for images of given classes; nothing is copied.
@@ -134,9 +162,9 @@ class DiffusersDenoiser(Denoiser):
         Raises:
             ValueError: the images have another shape than the model's, or are not as many as the labels given.
         """
-        if tuple(x_t.shape[1:]) != self.image_shape:
+        if tuple(x_t.shape[1:]) != self.state_shape:
             raise ValueError(
-                f"The model '{self.name}' works on images of shape {self.image_shape} (channels, height, width), "
+                f"The model '{self.name}' works on images of shape {self.state_shape} (channels, height, width), "
                 f"got {tuple(x_t.shape[1:])}."
             )
         if self.labels is None or self.guidance_scale == 0:
@@ -159,8 +187,16 @@ class DiffusersDenoiser(Denoiser):
         return output
 
 
-def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any]:
-    """The network, and the scheduler by the class that its configuration names."""
+def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of the images that a decoder makes: each of its levels but one doubles height and width."""
+    config: Any = vae.config
+    _, height, width = state_shape
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    return (config.out_channels, height * factor, width * factor)
+
+
+def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Module | None]:
+    """The network, the scheduler by the class that its configuration names, and the decoder of a latent model."""
     import diffusers
 
     def config_of(subfolder: str, base: Any) -> tuple[dict[str, Any], dict[str, str]]:  # noqa: ANN401
@@ -180,4 +216,21 @@ def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any]:
     scheduler_config, where = config_of("scheduler", diffusers.DDPMScheduler)
     # `GaussianDDPMScheduler` is what the oldest models call DDPMScheduler.
     scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.DDPMScheduler)
-    return unet, scheduler_class.from_pretrained(path, **where)
+    return unet, scheduler_class.from_pretrained(path, **where), _load_decoder(path, kwargs)
+
+
+def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:
+    """The first-stage model that the pipeline's `model_index.json` names, if any."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path, **kwargs)
+    except OSError:  # a network and a scheduler without a pipeline
+        return None
+    for part in ("vqvae", "vae"):
+        if index.get(part, (None, None))[1] is not None:
+            decoder: nn.Module = getattr(diffusers, index[part][1]).from_pretrained(
+                path, subfolder=part, low_cpu_mem_usage=False, **kwargs
+            )
+            return decoder
+    return None

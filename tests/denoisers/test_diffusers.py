@@ -4,9 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
+from lightning.pytorch import Trainer
+from torch._dynamo.testing import CompileCounter
 
+from ddss_lightning import DDSSModule, DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
+from ddss_lightning.ggdm import GGDMSampler
 from tests.conftest import DDPM
 
 
@@ -138,3 +152,85 @@ def test_bad_labels(labelled, denoiser, schedule):
         labelled.with_labels(torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="2 labels were given for a batch of 3 images"):
         labelled.with_labels(torch.tensor([0, 1]))(torch.zeros(3, 1, 4, 4), torch.zeros(3))
+
+
+SMALL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+
+
+@pytest.fixture(scope="module")
+def latent_folder(tmp_path_factory):
+    """A latent diffusion pipeline as the hub holds them, with random weights: latents 2x4x4, images 1x8x8."""
+    torch.manual_seed(0)
+    decoder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vqvae = VQModel(
+        1, 1, block_out_channels=(8, 8), latent_channels=2, norm_num_groups=4, scaling_factor=0.5, **decoder
+    )
+    unet = UNet2DModel(sample_size=4, in_channels=2, out_channels=2, norm_num_groups=4, **SMALL)
+    scheduler = DDIMScheduler(1000, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    folder = tmp_path_factory.mktemp("latent")
+    LDMPipeline(vqvae, unet, scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_latent_model_makes_the_images_of_its_pipeline(latent_folder):
+    pipeline = LDMPipeline.from_pretrained(latent_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(3, torch.Generator().manual_seed(1), num_inference_steps=4, output_type="np").images
+    denoiser = DiffusersDenoiser.from_pretrained(latent_folder)
+    assert (denoiser.state_shape, denoiser.image_shape) == ((2, 4, 4), (1, 8, 8))
+    x_T = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        images = denoiser.decode(GGDMSampler.from_scheduler(pipeline.scheduler, 4)(denoiser, x_T))
+    ours = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert ours.std() > 0.01
+    torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_of_a_latent_model_learns(latent_folder, features, tmp_path):
+    """Through the decoder, whole and in parts; the loss sees images, the noise is that of latents."""
+    gradients = []
+    for options in ({}, {"microbatch_size": 3, "features_batch_size": 2, "remat": "denoiser"}):
+        denoiser = DiffusersDenoiser.from_pretrained(latent_folder)
+        sampler = GGDMSampler(denoiser.schedule, 3)
+        module = DDSSModule(denoiser, sampler, features, batch_size=6, **options)
+        assert module.generate(torch.randn(2, 2, 4, 4), torch.zeros(2, 2, 2, 4, 4)).shape == (2, 1, 8, 8)
+        module.on_before_optimizer_step = lambda _, sampler=sampler: gradients.append(sampler.corrections["mu"].grad)
+        Trainer(
+            max_steps=1, accelerator="cpu", limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        ).fit(module, DigitsDataModule(batch_size=6, steps_per_epoch=1))  # fmt: skip
+    assert (gradients[0] != 0).all()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+def test_the_decoder_s_factor():
+    vae = AutoencoderKL(1, 1, block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)  # fmt: skip
+    unet = UNet2DModel(sample_size=4, in_channels=2, out_channels=2, norm_num_groups=4, **SMALL)
+    denoiser = DiffusersDenoiser(unet, DiffusersDenoiser.from_pretrained(DDPM).schedule, vae=vae)
+    assert denoiser.decode(torch.zeros(2, 2, 4, 4)).shape[1:] == denoiser.image_shape == (1, 16, 16)
+
+
+def test_a_compiled_network_is_not_compiled_again_at_each_step(schedule):
+    """Four calls at real-valued times, twice, with gradient: the first has an input without one, the others with."""
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, norm_num_groups=4, **SMALL)
+    denoiser, plain = DiffusersDenoiser(unet, schedule), GGDMSampler(schedule, 4, learn=("time", "mu"))
+    x_T, counter = torch.randn(2, 1, 8, 8), CompileCounter()
+    expected = plain(denoiser, x_T)
+    torch._dynamo.reset()
+    unet.compile(backend=counter)
+    counts = []
+    for shift in (0.0, 0.1, 0.2):
+        plain.corrections["time"].data.fill_(shift)
+        x_0 = plain(denoiser, x_T)
+        x_0.sum().backward()
+        counts.append(counter.frame_count)
+        if not shift:
+            torch.testing.assert_close(x_0, expected)
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+def test_unknown_compile_mode():
+    with pytest.raises(ValueError, match="Unknown compile_mode 'fast'; choose one of default, reduce-overhead"):
+        DiffusersDenoiser.from_pretrained(DDPM, compile_mode="fast")
+    assert DiffusersDenoiser.from_pretrained(DDPM, compile_mode="default").unet._compiled_call_impl is not None
