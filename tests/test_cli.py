@@ -28,7 +28,8 @@ def quick(command, tmp_path, *flags):
 def test_every_recipe_runs(recipe, tmp_path):
     flags = ["--trainer.fast_dev_run=true", "--model.batch_size=4", "--data.eval_batch_size=8"]
     if "gauss_newton" in recipe.read_text():
-        flags += ["--model.gauss_newton.residual_images=8", "--sampler.learn=[time]"]
+        few = [f"--model.gauss_newton.{name}_images=8" for name in ("residual", "trial")]
+        flags += [*few, "--sampler.learn=[time]"]
     main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
 
 
