@@ -169,7 +169,7 @@ def make_features(folder: Path, data: GlyphArrays, settings: Settings, device: s
 def make_judge(
     folder: Path, data: GlyphArrays, settings: Settings, device: str
 ) -> tuple[ResidualFeatures, nn.ModuleDict, float]:
-    """The judge: how the scene was drawn (face, placement, colours), never what letter it is."""
+    """The judge: how the scene was drawn (face, shape, colours), never what letter it is."""
     torch.manual_seed(settings.seed + 1)
     network = ResidualFeatures(3, settings.size, settings.encoder_width)
     outputs = {"face": len(TRAIN_FACES), "scene": data.parameters.shape[1]}
@@ -343,13 +343,13 @@ JUDGE_CARD = """# glyphs-judge
 A residual encoder of {size}x{size} glyphs ({parameters:.2f} M parameters), whose {num_features} pooled features are a
 second opinion on samplers: **no sampler is learned or selected with it.** Its architecture (residual, group
 normalisation, ReLU, pooled over positions) and its task differ from those of `glyphs-features`: it was trained to tell
-how an image was drawn (face; size, rotation, shear, stretch; colours and directions of both gradients), never which
-letter it shows. Load it with `ddss_lightning.features.ResidualFeatures.from_pretrained`.
+how an image was drawn (face; size, rotation, shear, stretch; colours of glyph and background and how they change across
+the image), never which letter it shows. Load it with `ddss_lightning.features.ResidualFeatures.from_pretrained`.
 
 | | |
 |---|---|
 | accuracy of the face, held-out images of the {faces} faces it was trained on | {accuracy:.4f} |
-| part of the variance of the 20 parameters explained, held-out images | {explained:.4f} |
+| part of the variance of the 22 parameters explained, held-out images | {explained:.4f} |
 | trained on | all 50,000 training images, {encoder_iterations} iterations of {encoder_batch} |
 | training command | `{command}` (seed {seed}) |
 | time | {minutes:.1f} min, {machine} |

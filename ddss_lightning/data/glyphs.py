@@ -77,13 +77,16 @@ class Scene:
     ground_direction: float
 
     def parameters(self) -> list[float]:
-        """All continuous choices as 20 numbers of order 1, directions as sine and cosine."""
-        directions = [f(a) for a in (self.ink_direction, self.ground_direction) for f in (math.sin, math.cos)]
-        return [
-            *((self.em - 1.175) / 0.1, self.angle / 0.2, self.shear / 0.14, self.stretch / 0.12),
-            *directions,
-            *((2 * value - 1) / 0.58 for value in [*self.ink.ravel(), *self.ground.ravel()]),
-        ]
+        """How it is drawn, as 22 numbers of order 1 that the image determines.
+
+        Size, angle, shear, stretch; then of ink and of ground the mean colour and the change of each channel along x
+        and y (a gradient turned round, with its ends exchanged, is the same gradient).
+        """
+        values = [(self.em - 1.175) / 0.1, self.angle / 0.2, self.shear / 0.14, self.stretch / 0.12]
+        for (first, second), angle in ((self.ink, self.ink_direction), (self.ground, self.ground_direction)):
+            change = (second - first) / 0.085
+            values += [*(first + second - 1) / 0.53, *change * math.cos(angle), *change * math.sin(angle)]
+        return [float(value) for value in values]
 
 
 def _uniform(split: str, index: int, num: int) -> Floats:
@@ -218,7 +221,7 @@ def _gradient(colours: Floats, direction: float, size: int) -> Floats:
 
 
 class GlyphArrays(NamedTuple):
-    """One split: pixels, uint8 (N, 3, size, size); labels and faces, int64 (N,); parameters, float32 (N, 20)."""
+    """One split: pixels, uint8 (N, 3, size, size); labels and faces, int64 (N,); parameters, float32 (N, 22)."""
 
     pixels: Tensor
     labels: Tensor

@@ -123,6 +123,19 @@ def test_ink_stands_out_and_glyphs_lie_inside():
         assert (frame == 0).all()
 
 
+def test_parameters_are_what_the_image_determines():
+    """Of order 1; a gradient turned round with its ends exchanged is the same image and the same numbers."""
+    scenes = [draw_scene("train", index) for index in range(2000)]
+    table = np.array([scene.parameters() for scene in scenes])
+    assert table.shape == (2000, 22)
+    assert np.abs(table.mean(axis=0)).max() < 0.2
+    assert 0.6 < table.std(axis=0).min() <= table.std(axis=0).max() < 1.4
+    scene = scenes[3]
+    turned = replace(scene, ground=scene.ground[::-1], ground_direction=scene.ground_direction + np.pi)
+    assert np.abs(render(turned, 16).astype(int) - render(scene, 16)).max() <= 1
+    np.testing.assert_allclose(turned.parameters(), scene.parameters(), atol=1e-9)
+
+
 def test_the_cache_is_whole_or_not_there(tmp_path, monkeypatch):
     first = load_glyphs("train", 16, tmp_path, num_images=70)
     (path,) = tmp_path.iterdir()
