@@ -257,7 +257,7 @@ def make_ddpm(
 @torch.no_grad()
 def sample_ddim(denoiser: Denoiser, num_images: int, num_steps: int, settings: Settings, device: str) -> Tensor:
     """DDIM at equal steps in time, from the first noises of `sample_ddpm`."""
-    sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="ddim", stride="linear", learn=()).to(device)
+    sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="ddim", stride="linear", learn=())
     noise = [first_noise(start, settings) for start in range(0, num_images, SAMPLE_BATCH)]
     parts = torch.cat(noise)[:num_images].split(SAMPLE_BATCH)
     with autocast(device):
