@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import generator_at, save_atomically, train
 
-from ddss_lightning.data.glyphs import CLASSES, RECIPE, TRAIN_FACES, GlyphArrays, load_glyphs
+from ddss_lightning.data.glyphs import GlyphArrays, load_glyphs
 from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser
 from ddss_lightning.features import ConvFeatures, FeatureExtractor, ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.glyphs import CLASSES, RECIPE, TRAIN_FACES
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.pictures import comparison_figure, image_grid, save_png
