@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import generator_at, save_atomically, train
 
-from ddss_lightning.data.glyphs import CLASSES, RECIPE, TRAIN_FACES, GlyphArrays, load_glyphs
+from ddss_lightning.data.glyphs import GlyphArrays, load_glyphs
 from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser
 from ddss_lightning.features import ConvFeatures, FeatureExtractor, ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.glyphs import CLASSES, RECIPE, TRAIN_FACES
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.pictures import comparison_figure, image_grid, save_png
@@ -169,7 +170,7 @@ def make_features(folder: Path, data: GlyphArrays, settings: Settings, device: s
 def make_judge(
     folder: Path, data: GlyphArrays, settings: Settings, device: str
 ) -> tuple[ResidualFeatures, nn.ModuleDict, float]:
-    """The judge: how the scene was drawn (face, placement, colours), never what letter it is."""
+    """The judge: how the scene was drawn (face, shape, colours), never what letter it is."""
     torch.manual_seed(settings.seed + 1)
     network = ResidualFeatures(3, settings.size, settings.encoder_width)
     outputs = {"face": len(TRAIN_FACES), "scene": data.parameters.shape[1]}
@@ -257,7 +258,7 @@ def make_ddpm(
 @torch.no_grad()
 def sample_ddim(denoiser: Denoiser, num_images: int, num_steps: int, settings: Settings, device: str) -> Tensor:
     """DDIM at equal steps in time, from the first noises of `sample_ddpm`."""
-    sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="ddim", stride="linear", learn=()).to(device)
+    sampler = GGDMSampler(denoiser.schedule, num_steps, anchor="ddim", stride="linear", learn=())
     noise = [first_noise(start, settings) for start in range(0, num_images, SAMPLE_BATCH)]
     parts = torch.cat(noise)[:num_images].split(SAMPLE_BATCH)
     with autocast(device):
@@ -343,13 +344,13 @@ JUDGE_CARD = """# glyphs-judge
 A residual encoder of {size}x{size} glyphs ({parameters:.2f} M parameters), whose {num_features} pooled features are a
 second opinion on samplers: **no sampler is learned or selected with it.** Its architecture (residual, group
 normalisation, ReLU, pooled over positions) and its task differ from those of `glyphs-features`: it was trained to tell
-how an image was drawn (face; size, rotation, shear, stretch; colours and directions of both gradients), never which
-letter it shows. Load it with `ddss_lightning.features.ResidualFeatures.from_pretrained`.
+how an image was drawn (face; size, rotation, shear, stretch; colours of glyph and background and how they change across
+the image), never which letter it shows. Load it with `ddss_lightning.features.ResidualFeatures.from_pretrained`.
 
 | | |
 |---|---|
 | accuracy of the face, held-out images of the {faces} faces it was trained on | {accuracy:.4f} |
-| part of the variance of the 20 parameters explained, held-out images | {explained:.4f} |
+| part of the variance of the 22 parameters explained, held-out images | {explained:.4f} |
 | trained on | all 50,000 training images, {encoder_iterations} iterations of {encoder_batch} |
 | training command | `{command}` (seed {seed}) |
 | time | {minutes:.1f} min, {machine} |
