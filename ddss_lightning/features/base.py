@@ -30,6 +30,16 @@ def check_finite(samples: Tensor, what: str, remedy: str) -> None:
         raise ValueError(f"{broken} of {len(samples)} {what} hold NaN or infinite numbers; {remedy}.")
 
 
+def check_floats(images: Tensor, what: str = "images") -> None:
+    """Make sure that images are not bytes.
+
+    Raises:
+        TypeError: they are not floats.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"The {what} must be floats in [-1, 1], got {images.dtype}; convert bytes with x / 127.5 - 1.")
+
+
 def check_images(images: Tensor, what: str = "images", remedy: str = "look at what made them") -> None:
     """Make sure that images are floats in [-1, 1].
 
@@ -42,8 +52,7 @@ def check_images(images: Tensor, what: str = "images", remedy: str = "look at wh
         TypeError: they are not floats.
         ValueError: values that are not finite, or outside [-1, 1].
     """
-    if not images.is_floating_point():
-        raise TypeError(f"The {what} must be floats in [-1, 1], got {images.dtype}; convert bytes with x / 127.5 - 1.")
+    check_floats(images, what)
     check_finite(images, what, remedy)
     # 1e-3 is a fifth of a grey level: rounding of half precision, not another range.
     if images.numel() and images.abs().max() > 1 + 1e-3:
@@ -77,12 +86,16 @@ class FeatureExtractor(Frozen, ABC):
             Shape (N, d).
         """
 
-    def check_shape(self, images: Tensor) -> None:
-        """Make sure that images have shape (N, *image_shape).
+    def check_input(self, images: Tensor) -> None:
+        """Make sure that images are floats of shape (N, *image_shape).
+
+        The range is not looked at: training must not wait for the device at each step. `check_images` does it.
 
         Raises:
-            ValueError: they have another one.
+            TypeError: they are not floats.
+            ValueError: they have another shape.
         """
+        check_floats(images)
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
