@@ -137,9 +137,9 @@ def main(args: list[str] | None = None) -> None:
             command = COMMANDS[args[0]]
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
         elif args and args[0] == "compare":
-            arguments, others = parse(args[1:])
-            cli = command_line(["--config", arguments.config, *others], run=False)
-            compare(cli.model, cli.datamodule, cli.trainer, arguments)
+            recipe, settings, others = parse(args[1:])
+            cli = command_line(["--config", recipe, *others], run=False)
+            compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
             command_line(args)
     except Exception as error:

@@ -6,13 +6,13 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,10 +30,10 @@ from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
 from ddss_lightning.solvers import STRIDES, stride_timesteps
 
-SPACINGS = ("linspace", "leading", "trailing")
 GRID_IMAGES = 64
-# Classes whose `set_timesteps` takes explicit timesteps; quadratic ones are filled in when their number is known.
-TAKE_TIMESTEPS = ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler")
+SPACINGS = ("linspace", "leading", "trailing")
+KARRAS = {"use_karras_sigmas": True}
+# Stands for explicit timesteps, filled in when their number is known.
 QUADRATIC = {"timesteps": "quadratic"}
 
 
@@ -41,28 +41,85 @@ def _formula(anchor: str, eta: float = 0.0) -> list[dict[str, Any]]:
     return [{"anchor": anchor, "eta": eta, "stride": stride} for stride in STRIDES]
 
 
-def _imported(class_name: str, **init_args: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-    options = [{"timestep_spacing": spacing} for spacing in SPACINGS] + [{"use_karras_sigmas": True}]
+def _imported(
+    class_name: str,
+    spacings: Sequence[str | None] = SPACINGS,
+    karras: bool = True,
+    quadratic: bool = False,
+    **init_args: Any,  # noqa: ANN401
+) -> list[dict[str, Any]]:
+    """The ways in which a diffusers scheduler places its calls: all that it offers; None is one without a name."""
     path = f"diffusers.{class_name}"
-    anchors = [{"class_path": path, "init_args": {**init_args, **option}} for option in options]
-    if class_name in TAKE_TIMESTEPS:
+    options: list[dict[str, Any]] = [{"timestep_spacing": spacing} if spacing else {} for spacing in spacings]
+    options += [KARRAS] if karras else []
+    anchors: list[dict[str, Any]] = [{"class_path": path, "init_args": {**init_args, **option}} for option in options]
+    if quadratic:
         anchors.append({"class_path": path, "init_args": init_args, "set_timesteps": QUADRATIC})
     return [{"anchor": anchor} for anchor in anchors]
 
 
+# diffusers' `trailing` is the stride `linear` of our own formulas, up to the rounding of timesteps.
+OTHERS = ("linspace", "leading")
 # Name -> the ways of placing its network calls, each the arguments of a GGDMSampler; the best is taken.
 SOLVERS: dict[str, list[dict[str, Any]]] = {
-    "DDPM": _formula("ddim", eta=1.0),
-    "DDIM": _formula("ddim"),
-    "DPM-Solver++ 2M": _formula("dpmpp_2m"),
-    "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", solver_order=3),
-    "DEIS": _imported("DEISMultistepScheduler", solver_order=3),
-    "UniPC": _imported("UniPCMultistepScheduler", solver_order=3),
-    "Heun": _imported("HeunDiscreteScheduler"),
+    "DDPM": _formula("ddim", eta=1.0) + _imported("DDPMScheduler", OTHERS, karras=False, clip_sample=False),
+    "DDIM": _formula("ddim") + _imported("DDIMScheduler", OTHERS, karras=False, clip_sample=False),
+    "Euler": _imported("EulerDiscreteScheduler", quadratic=True),
+    "Euler ancestral": _imported("EulerAncestralDiscreteScheduler", karras=False),
+    "Heun": _imported("HeunDiscreteScheduler", quadratic=True),
+    "KDPM2": _imported("KDPM2DiscreteScheduler"),
     "LMS": _imported("LMSDiscreteScheduler"),
-    "PNDM": _imported("PNDMScheduler", skip_prk_steps=True)[:-1],
+    "PNDM": _imported("PNDMScheduler", karras=False, skip_prk_steps=True),
+    "DEIS 2": _imported("DEISMultistepScheduler", solver_order=2),
+    "DEIS 3": _imported("DEISMultistepScheduler", solver_order=3),
+    "DPM-Solver++ 2M": _formula("dpmpp_2m") + _imported("DPMSolverMultistepScheduler", OTHERS),
+    "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", quadratic=True, solver_order=3),
+    "DPM-Solver++ 2S": _imported("DPMSolverSinglestepScheduler", (None,), solver_order=2),
+    "UniPC 2": _imported("UniPCMultistepScheduler", solver_order=2),
+    "UniPC 3": _imported("UniPCMultistepScheduler", solver_order=3),
 }
-DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC")
+DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC 3")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        steps: numbers of network calls.
+        solvers: names of `SOLVERS`; `["all"]` for all of them.
+        samplers: folders of learned samplers.
+        seeds: of the noise; with the first one the spacings of solvers are chosen.
+        num_images: images of the test noise per score.
+        selection_images: images of the validation noise by which the spacing of a solver's calls is chosen.
+        output: the folder for scores, tables and pictures.
+
+    Raises:
+        ValueError: an unknown solver, or numbers below 1 (`steps`) and 2 (images).
+    """
+
+    steps: Sequence[int] = (5, 10, 20)
+    solvers: Sequence[str] = DEFAULT_SOLVERS
+    samplers: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    num_images: int = 10_000
+    selection_images: int = 2000
+    output: Path = Path("compare")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.solvers if name not in SOLVERS and list(self.solvers) != ["all"]]
+        if unknown:
+            raise ValueError(f"Unknown solver '{unknown[0]}'; choose any of {', '.join(SOLVERS)}, or all.")
+        for name in ("num_images", "selection_images"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}.")
+        if min(self.steps) < 1:
+            raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
+
+    @property
+    def solver_names(self) -> list[str]:
+        """All solvers to compare, by name."""
+        return list(SOLVERS) if list(self.solvers) == ["all"] else list(self.solvers)
 
 
 @dataclass(frozen=True)
@@ -121,10 +178,10 @@ def _spacing(options: dict[str, Any]) -> str:
     if "set_timesteps" in anchor:
         return "quadratic"
     init_args = anchor["init_args"]
-    return "karras" if init_args.get("use_karras_sigmas") else str(init_args["timestep_spacing"])
+    return "karras" if init_args.get("use_karras_sigmas") else str(init_args.get("timestep_spacing", "its own"))
 
 
-def learned_candidates(module: DDSSModule, folders: list[str]) -> list[Candidate]:
+def learned_candidates(module: DDSSModule, folders: Sequence[str]) -> list[Candidate]:
     """Samplers from disk, checked against the model.
 
     Raises:
@@ -133,11 +190,16 @@ def learned_candidates(module: DDSSModule, folders: list[str]) -> list[Candidate
     found = []
     for folder in folders:
         path = sampler_folder(folder)
-        if folders.count(folder) > 1:
-            raise ValueError(f"'{folder}' is given {folders.count(folder)} times; give every sampler once.")
+        times = list(folders).count(folder)
+        if times > 1:
+            raise ValueError(f"'{folder}' is given {times} times; give every sampler once.")
         module.load_sampler(path)
         found.append(Candidate(f"learned ({folder})", int(read_card(path)["nfe"]), "learned", module.sampler))
     return found
+
+
+# Scores by name; None, and the number of images under `not_finite`, where a sampler made images that are not finite.
+Cell = dict[str, float | None]
 
 
 class Scores:
@@ -145,7 +207,7 @@ class Scores:
 
     def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
         self.path, self.protocol = path, dict(protocol)
-        self.cells: dict[str, dict[str, float]] = {}
+        self.cells: dict[str, Cell] = {}
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["protocol"] != self.protocol:
@@ -156,14 +218,35 @@ class Scores:
                 )
             self.cells = stored["cells"]
 
-    def put(self, key: str, scores: dict[str, float]) -> None:
+    def put(self, key: str, cell: Cell) -> None:
         """Keep one cell."""
-        self.cells[key] = scores
+        self.cells[key] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as partial:
             partial.write_text(
                 json.dumps({"protocol": self.protocol, "cells": dict(sorted(self.cells.items()))}, indent=1)
             )
+
+
+class Progressed(Callback):
+    """Tells a function how many network calls, of one image each, were made: at every batch."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+
+    def on_validation_batch_end(  # noqa: D102 - Lightning's hook
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401, ARG002
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        assert isinstance(pl_module, DDSSModule)
+        self.advance(len(batch) * trainer.world_size * pl_module.sampler.num_steps)
+
+    on_test_batch_end = on_validation_batch_end
 
 
 class Judge:
@@ -174,8 +257,8 @@ class Judge:
         datamodule: the real images.
         trainer: its loggers and callbacks are taken off.
         scores: what is known already.
-        num_images: images of the test noise per score.
-        selection_images: images of the validation noise by which the placement of a solver's calls is chosen.
+        settings: numbers of images, seeds.
+        advance: is told how many network calls were made.
     """
 
     def __init__(
@@ -184,98 +267,126 @@ class Judge:
         datamodule: ImageDataModule,
         trainer: Trainer,
         scores: Scores,
-        num_images: int,
-        selection_images: int,
+        settings: Comparison,
+        advance: Callable[[int], None],
     ) -> None:
         self.module, self.datamodule, self.trainer, self.scores = module, datamodule, trainer, scores
-        self.num_images, self.selection_images = num_images, selection_images
+        self.seeds = settings.seeds
+        self.num_images = {"test": settings.num_images, "validation": settings.selection_images}
+        datamodule.num_test_images, datamodule.num_val_images = settings.num_images, settings.selection_images
         self.quality = SampleQuality(precision_recall=True)
-        trainer.callbacks = [self.quality]  # type: ignore[attr-defined]
+        trainer.callbacks = [self.quality, Progressed(advance)]  # type: ignore[attr-defined]
         trainer.loggers = []
 
-    def score(self, candidate: Candidate, seed: int, split: str) -> dict[str, float]:
+    def key(self, candidate: Candidate, seed: int, split: str) -> str:
+        """The name of a cell."""
+        numbers = candidate.key()
+        return f"{candidate.name} | {candidate.nfe} | {numbers} | {split}/{seed} | {self.num_images[split]}"
+
+    def calls(self, placements: Sequence[Candidate]) -> int:
+        """Network calls, of one image each, that are still to be made for a row of the table."""
+        known = self.scores.cells
+        # A set: at few calls two spacings can be the same sampler.
+        selection = {self.key(each, self.seeds[0], "validation") for each in placements} - known.keys()
+        images = self.num_images["validation"] * len(selection) if len(placements) > 1 else 0
+        for seed in self.seeds:
+            scored = any(self.key(each, seed, "test") in known for each in placements)
+            images += 0 if scored else self.num_images["test"]
+        return images * placements[0].nfe
+
+    def score(self, candidate: Candidate, seed: int, split: str) -> Cell:
         """All scores on the noise of `split`: `test` or `validation`."""
-        num_images = self.num_images if split == "test" else self.selection_images
-        key = f"{candidate.name} | {candidate.nfe} | {candidate.key()} | {split}/{seed} | {num_images}"
+        key = self.key(candidate, seed, split)
         if key not in self.scores.cells:
             self.module.seed, self.module.sampler = seed, candidate.sampler.requires_grad_(False)
             self.module.averaged = self.module.sampler
-            self.datamodule.num_val_images, self.datamodule.num_test_images = self.selection_images, self.num_images
             run = self.trainer.test if split == "test" else self.trainer.validate
             run(self.module, datamodule=self.datamodule, verbose=False)
-            if self.quality.num_images != num_images:
+            if self.quality.num_images != self.num_images[split]:
                 raise ValueError(
-                    f"{self.quality.num_images} images were scored, not {num_images}: leave limit_{split}_batches and "
-                    "fast_dev_run out of the trainer's settings."
+                    f"{self.quality.num_images} images were scored, not {self.num_images[split]}: leave "
+                    f"limit_{split}_batches and fast_dev_run out of the trainer's settings."
                 )
+            cell: Cell = {name: v if math.isfinite(v) else None for name, v in self.quality.scores.items()}
+            if self.quality.num_not_finite:
+                cell["not_finite"] = self.quality.num_not_finite
             if self.trainer.is_global_zero:
-                self.scores.put(key, dict(self.quality.scores))
-            self.scores.cells[key] = dict(self.quality.scores)
+                self.scores.put(key, cell)
+            self.scores.cells[key] = cell
         return self.scores.cells[key]
 
-    def best(self, candidates: list[Candidate], seed: int) -> Candidate:
-        """The placement with the lowest FID on the validation noise."""
-        if len(candidates) == 1:
-            return candidates[0]
+    def best(self, placements: Sequence[Candidate]) -> Candidate:
+        """The placement with the lowest FID on the validation noise of the first seed."""
+        if len(placements) == 1:
+            return placements[0]
 
         def fid(candidate: Candidate) -> float:
-            value = self.score(candidate, seed, "validation")["fid"]
-            return value if math.isfinite(value) else math.inf
+            value = self.score(candidate, self.seeds[0], "validation")["fid"]
+            return math.inf if value is None else value
 
-        return min(candidates, key=fid)
+        return min(placements, key=fid)
 
     @torch.no_grad()
     def images(self, candidate: Candidate, seed: int) -> Tensor:
-        """The first images of the test noise, the same noise for every candidate."""
+        """The first images of the test noise, the same noise for every candidate; black where they are not finite."""
         module = self.module
         indices = list(range(GRID_IMAGES))
         x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.state_shape, candidate.nfe)
         device = next(module.denoiser.parameters(), torch.zeros(())).device
-        return to_pixels(candidate.sampler.to(device)(module.denoiser, x_T.to(device), noise=noise.to(device))).cpu()
+        images = candidate.sampler.to(device)(module.denoiser, x_T.to(device), noise=noise.to(device))
+        return to_pixels(images).nan_to_num(-1.0).cpu()
 
 
-def rows_of(
-    judge: Judge, steps: list[int], solvers: list[str], learned: list[Candidate], seeds: list[int]
-) -> Iterator[tuple[dict[str, Any], Candidate]]:
-    """One row for each sampler, number of calls and seed. The placement of a solver is chosen with the first seed."""
-    for nfe in steps:
-        chosen = []
-        for name in solvers:
+def contenders(module: DDSSModule, settings: Comparison) -> list[list[Candidate]]:
+    """For each row of the table (but for seeds) the candidates of which the best is taken, by number of calls.
+
+    Raises:
+        ValueError: a sampler of another model, or nothing to compare.
+    """
+    learned = learned_candidates(module, settings.samplers)
+    if not settings.solver_names and not any(candidate.nfe in settings.steps for candidate in learned):
+        raise ValueError(
+            f"Nothing to compare at {list(settings.steps)} network calls: give --solvers or other --steps."
+        )
+    found = []
+    for nfe in settings.steps:
+        for name in settings.solver_names:
             try:
-                chosen.append(judge.best(solver_candidates(judge.module, name, nfe), seeds[0]))
+                found.append(solver_candidates(module, name, nfe))
             except NoSuchCallsError as error:
                 rank_zero_info(f"left out: {error}")
-        for candidate in [*chosen, *(each for each in learned if each.nfe == nfe)]:
-            for seed in seeds:
-                scores = judge.score(candidate, seed, "test")
-                row = {"sampler": candidate.name, "nfe": nfe, "spacing": candidate.spacing, "seed": seed, **scores}
-                yield row, candidate
+        found += [[candidate] for candidate in learned if candidate.nfe == nfe]
+    if not found:
+        raise ValueError(f"Nothing to compare: no solver makes {list(settings.steps)} network calls.")
+    return found
 
 
 def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
     """One line a sampler and number of calls, mean over seeds (and standard deviation), and the protocol."""
-    metrics = [key for key in rows[0] if key not in ("sampler", "nfe", "spacing", "seed")]
+    metrics = [key for key in rows[0] if key not in ("sampler", "nfe", "spacing", "seed", "not_finite")]
     lines = [f"| calls | sampler | spacing | {' | '.join(name.upper() for name in metrics)} |"]
     lines.append("|---" * (3 + len(metrics)) + "|")
     for key in dict.fromkeys((row["nfe"], row["sampler"], row["spacing"]) for row in rows):
         mine = [row for row in rows if (row["nfe"], row["sampler"], row["spacing"]) == key]
-        cells = []
-        for name in metrics:
+        not_finite = sum(row.get("not_finite", 0) for row in mine)
+        cells = [f"{not_finite} of {len(mine) * protocol['images']} images are not finite"] + [""] * len(metrics[1:])
+        for column, name in enumerate([] if not_finite else metrics):
             values = torch.tensor([row[name] for row in mine], dtype=torch.float64)
             spread = f" ± {float(values.std()):.2f}" if len(values) > 1 else ""
-            cells.append(f"{float(values.mean()):.2f}{spread}")
+            cells[column] = f"{float(values.mean()):.2f}{spread}"
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
     notes = [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
-    return "\n".join([*lines, "", "Protocol:", "", *notes, ""])
+    seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in rows)))
+    return "\n".join([*lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
 
 
-def protocol_of(module: DDSSModule, datamodule: ImageDataModule, arguments: argparse.Namespace) -> dict[str, Any]:
+def protocol_of(module: DDSSModule, datamodule: ImageDataModule, settings: Comparison) -> dict[str, Any]:
     """What has to be known to repeat the figures."""
     loader: Any = datamodule.real_dataloader()
     return {
-        "images": arguments.num_images,
+        "images": settings.num_images,
         "noise": "test/SEED, by index: the same for every sampler, unseen in learning and in the choice of spacings",
-        "spacings_chosen_on": f"{arguments.selection_images} images of validation/{arguments.seeds[0]}, by FID",
+        "spacings_chosen_on": f"{settings.selection_images} images of validation/{settings.seeds[0]}, by FID",
         "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
         "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
         "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
@@ -292,8 +403,8 @@ def _digest(datamodule: ImageDataModule) -> str:
     return digest.hexdigest()[:16]
 
 
-def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments of `compare`, and the others, which override the recipe."""
+def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
+    """The recipe of `ddss compare`, what is compared, and the other flags, which override the recipe."""
     parser = argparse.ArgumentParser(
         prog="ddss compare",
         description="Score solvers and learned samplers of the model of a recipe on the same noise. Further flags, "
@@ -301,56 +412,70 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "stopped.",
         allow_abbrev=False,
     )
+    default = Comparison()
     parser.add_argument("-c", "--config", required=True, help="a recipe: its denoiser, features, data and trainer")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20], help="numbers of network calls")
-    parser.add_argument("--solvers", nargs="*", default=list(DEFAULT_SOLVERS), help=f"of {', '.join(SOLVERS)}")
-    parser.add_argument("--samplers", nargs="*", default=[], help="folders of learned samplers")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise")
-    parser.add_argument("--num_images", type=int, default=10_000)
-    parser.add_argument("--selection_images", type=int, default=2000, help="to choose the spacing of a solver's calls")
-    parser.add_argument("--output", type=Path, default=Path("compare"))
+    parser.add_argument("--steps", type=int, nargs="+", default=default.steps, help="numbers of network calls")
+    parser.add_argument(
+        "--solvers", nargs="*", default=default.solvers, help=f"of {', '.join(SOLVERS)}; or all", metavar="SOLVER"
+    )
+    parser.add_argument("--samplers", nargs="*", default=default.samplers, help="folders of learned samplers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of the noise")
+    parser.add_argument("--num_images", type=int, default=default.num_images)
+    parser.add_argument(
+        "--selection_images",
+        type=int,
+        default=default.selection_images,
+        help="to choose the spacing of a solver's calls",
+    )
+    parser.add_argument("--output", type=Path, default=default.output)
     arguments, others = parser.parse_known_args(args)
-    unknown = [name for name in arguments.solvers if name not in SOLVERS]
-    if unknown:
-        raise ValueError(f"Unknown solver '{unknown[0]}'; choose any of {', '.join(SOLVERS)}.")
-    for name in ("num_images", "selection_images"):
-        if getattr(arguments, name) < 2:
-            raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}.")
-    if min(arguments.steps) < 1:
-        raise ValueError(f"--steps must be at least 1, got {min(arguments.steps)}.")
-    return arguments, others
+    given = vars(arguments)
+    return given.pop("config"), Comparison(**given), others
 
 
-def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, arguments: argparse.Namespace) -> None:
+def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, settings: Comparison) -> None:
     """Score everything, write `table.md`, `table.json`, pictures and TensorBoard logs into the output folder.
+
+    Args:
+        module: the model, the feature network and a sampler of any kind, which does not take part.
+        datamodule: the real images.
+        trainer: of one process or several.
+        settings: what is compared, and where the results go.
 
     Raises:
         ValueError: a sampler of another model, scores of another protocol in the output folder, or nothing to compare.
     """
-    output: Path = arguments.output
-    learned = learned_candidates(module, arguments.samplers)
-    protocol = protocol_of(module, datamodule, arguments)
-    scores = Scores(output / "scores.json", protocol)
-    judge = Judge(module, datamodule, trainer, scores, arguments.num_images, arguments.selection_images)
-    if not arguments.solvers and not any(candidate.nfe in arguments.steps for candidate in learned):
-        raise ValueError(f"Nothing to compare at {arguments.steps} network calls: give --solvers or other --steps.")
-    total = sum(
-        nfe * len(arguments.seeds) * (len(arguments.solvers) + sum(each.nfe == nfe for each in learned))
-        for nfe in arguments.steps
-    )
-    rows, candidates = [], []
+    found = contenders(module, settings)
+    protocol = protocol_of(module, datamodule, settings)
+    scores = Scores(settings.output / "scores.json", protocol)
+    rows, chosen = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not trainer.is_global_zero) as progress:
-        bar = progress.add_task("comparing", total=total)
-        for row, candidate in rows_of(judge, arguments.steps, arguments.solvers, learned, arguments.seeds):
-            rows.append(row)
-            candidates.append(candidate)
-            description = f"{row['sampler']}, {row['nfe']} calls, seed {row['seed']}: FID {row['fid']:.2f}"
-            progress.update(bar, advance=row["nfe"], description=description)
-    if not rows:
-        raise ValueError(f"Nothing to compare: no solver makes {arguments.steps} network calls.")
+    # One long average: the time left must not jump with the batch size or between samplers.
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not trainer.is_global_zero, speed_estimate_period=600
+    ) as progress:
+        bar = progress.add_task("comparing")
+        judge = Judge(module, datamodule, trainer, scores, settings, lambda calls: progress.advance(bar, calls))
+        # What is on disk already takes no time: it is not in the total.
+        left = [judge.calls(placements) for placements in found]
+        progress.update(bar, total=sum(left))
+        for index, placements in enumerate(found):
+            candidate = judge.best(placements)
+            for seed in settings.seeds:
+                cell = judge.score(candidate, seed, "test")
+                name = {"sampler": candidate.name, "nfe": candidate.nfe, "spacing": candidate.spacing, "seed": seed}
+                rows.append({**name, **cell})
+                chosen.append(candidate)
+                description = f"{candidate.name}, {candidate.nfe} calls, seed {seed}: FID {_shown(cell['fid'])}"
+                progress.update(bar, description=description)
+            # Shares of several processes are not equal.
+            progress.update(bar, completed=sum(left[: index + 1]))
     if trainer.is_global_zero:
-        _write(rows, candidates, judge, protocol, arguments)
+        _write(rows, chosen, judge, protocol, settings)
+
+
+def _shown(fid: float | None) -> str:
+    return "not finite" if fid is None else f"{fid:.2f}"
 
 
 def _write(
@@ -358,9 +483,9 @@ def _write(
     candidates: list[Candidate],
     judge: Judge,
     protocol: dict[str, Any],
-    arguments: argparse.Namespace,
+    settings: Comparison,
 ) -> None:
-    output: Path = arguments.output
+    output = settings.output
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(rows, protocol)
     with replacing(output / "table.md") as partial:
@@ -368,14 +493,16 @@ def _write(
     with replacing(output / "table.json") as partial:
         partial.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
     figures = {"fid": curves_figure(rows)}
-    for nfe in arguments.steps:
-        seed = arguments.seeds[0]
+    for nfe in settings.steps:
+        seed = settings.seeds[0]
         mine = [(r, c) for r, c in zip(rows, candidates, strict=True) if (r["nfe"], r["seed"]) == (nfe, seed)]
         if mine:
-            grids = [(f"{row['sampler']}\nFID {row['fid']:.2f}", judge.images(each, seed)) for row, each in mine]
+            grids = [(f"{row['sampler']}\nFID {_shown(row['fid'])}", judge.images(each, seed)) for row, each in mine]
             figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
+    note = f"{protocol['images']} images, {protocol['features']}, resize {protocol['resize']}, {protocol['pixels']}"
     with SummaryWriter(str(output / "tensorboard")) as writer:
         for name, figure in figures.items():
+            figure.supxlabel(note, fontsize=6)
             save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)
     print(text)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
-from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
@@ -210,12 +210,7 @@ class DDSSModule(LightningModule):
                 f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
                 f"{self.denoiser.image_shape} (channels, height, width); use data of that shape."
             )
-        if not images.isfinite().all():
-            raise ValueError("The real images hold NaN or infinite values; clean the data set.")
-        if images.abs().max() > 1 + 1e-4:
-            raise ValueError(
-                f"The real images must be in [-1, 1], got values from {images.min():.3g} to {images.max():.3g}."
-            )
+        check_images(images, "real images", "clean the data set")
 
     # ------------------------------------------------------------------------------------------------- learning
 

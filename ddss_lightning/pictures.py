@@ -101,11 +101,12 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """FID against the number of network calls, one line a sampler; the band spans the seeds.
 
     Args:
-        rows: each with `sampler`, `nfe`, `seed` and `fid`. Learned samplers, named `learned (...)`, are one line if
-            there is one for each number of calls.
+        rows: each with `sampler`, `nfe`, `seed` and `fid`, None for no point. Learned samplers, named `learned (...)`,
+            are one line if there is one for each number of calls.
     """
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row["fid"] is not None]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     learned_rows = {(row["nfe"], row["sampler"]) for row in rows if row["sampler"].startswith("learned")}
@@ -123,7 +124,8 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("network calls")
     axes.set_ylabel("FID")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    if rows:
+        axes.legend(fontsize=8)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import time
 import pytest
 import torch
 
-from ddss_lightning.cli import main
+from ddss_lightning.cli import command_line, main
+from ddss_lightning.compare import SOLVERS, Comparison, compare, markdown
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.noise import held_out_noise
 from tests.conftest import ROOT
@@ -61,7 +64,6 @@ def test_what_it_writes(finished):
 
 def test_scores_are_the_metric_on_the_test_noise(finished, denoiser, features):
     from ddss_lightning.data import DigitsDataModule
-    from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.images import to_pixels
 
     rows = json.loads((finished[0] / "table.json").read_text())["rows"]
@@ -95,15 +97,125 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(finished, tmp_path
     scores, deadline = tmp_path / "killed" / "scores.json", time.time() + 200
     while time.time() < deadline and not (scores.exists() and len(json.loads(scores.read_text())["cells"]) >= 3):
         time.sleep(0.02)
+    # Anywhere in a cell, not only at its end; a cell takes about this long.
+    time.sleep(random.uniform(0, 0.3))
     run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert (
-        3
-        <= len(json.loads(scores.read_text())["cells"])
-        < len(json.loads((folder / "scores.json").read_text())["cells"])
-    )
+    assert run.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "table.json").exists()
+    kept = json.loads(scores.read_text())["cells"]
+    assert len(kept) >= 3
+    assert kept.items() < json.loads((folder / "scores.json").read_text())["cells"].items()
     main(command(tmp_path / "killed", *flags))
-    assert (tmp_path / "killed" / "table.json").read_bytes() == (folder / "table.json").read_bytes()
+    for name in ("table.json", "scores.json", "table.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_order_does_not_matter(finished, tmp_path):
+    """Another order of solvers and of numbers of calls, from Python: the same scores to the last bit."""
+    folder, _ = finished
+    cli = command_line(["--config", RECIPE, "--data.eval_batch_size=32"], run=False)
+    settings = Comparison(
+        steps=(5, 2),
+        solvers=("Heun", "DDIM"),
+        samplers=(SAMPLER,),
+        seeds=(3, 4),
+        num_images=60,
+        selection_images=20,
+        output=tmp_path / "other",
+    )
+    compare(cli.model, cli.datamodule, cli.trainer, settings)
+    found, expected = (json.loads((path / "table.json").read_text())["rows"] for path in (tmp_path / "other", folder))
+
+    def by_name(row):
+        return row["nfe"], row["sampler"], row["seed"]
+
+    assert [by_name(row) for row in found] != [by_name(row) for row in expected]
+    assert sorted(found, key=by_name) == sorted(expected, key=by_name)
+    assert (tmp_path / "other" / "scores.json").read_bytes() == (folder / "scores.json").read_bytes()
+
+
+def test_the_bar_counts_what_is_to_be_done(finished, tmp_path, monkeypatch):
+    """Network calls of selection and of scores; not those on disk already, nor what a solver cannot do."""
+    bars = []
+
+    class Bar:
+        def __init__(self, *columns, **options):
+            self.total, self.done, self.skipped = None, 0, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def add_task(self, description):
+            return 0
+
+        def advance(self, task, calls):
+            self.done += calls
+
+        def update(self, task, total=None, completed=None, description=None):
+            self.total = self.total if total is None else total
+            # One process: the batches add up to what was announced.
+            assert completed is None or completed == self.done
+
+    monkeypatch.setattr("ddss_lightning.compare.Progress", Bar)
+    flags = ["--solvers", "Heun", "--samplers", SAMPLER, "--seeds", "3", "4"]
+    main(command(tmp_path / "out", "--steps", "2", "5", *flags))
+    # Five spacings of Heun's method on 20 images; two samplers and two seeds on 60; nothing at 2 calls.
+    assert bars[-1].done == bars[-1].total == 5 * (5 * 20 + 2 * 2 * 60)
+    main(command(tmp_path / "out", "--steps", "2", "5", *flags))
+    assert bars[-1].done == bars[-1].total == 0
+    main(command(tmp_path / "out", "--steps", "5", "3", *flags))
+    # Two spacings of two steps are the same sampler.
+    assert bars[-1].done == bars[-1].total == 3 * (4 * 20 + 2 * 60)
+
+
+def test_a_sampler_that_is_not_finite_is_a_word_in_the_table(tmp_path, denoiser, capsys, monkeypatch):
+    """The others have their scores, and it is not computed again."""
+    sampler = GGDMSampler(denoiser.schedule, 3, learn=("mu",))
+    sampler.corrections["mu"].data[0] = 1e30
+    sampler.save_pretrained(tmp_path / "broken", {"name": denoiser.name, "fingerprint": denoiser.fingerprint()})
+    flags = ["--steps", "3", "--solvers", "DDIM", "--samplers", str(tmp_path / "broken"), "--seeds", "0", "1"]
+    with pytest.warns(UserWarning, match=r"No scores: .* not finite \(60 of 60\)"):
+        main(command(tmp_path / "out", *flags))
+    table = json.loads((tmp_path / "out" / "table.json").read_text(), parse_constant=pytest.fail)
+    rows = {(row["sampler"][:4], row["seed"]): row for row in table["rows"]}
+    for seed in (0, 1):
+        assert rows["DDIM", seed]["fid"] > 0
+        assert "not_finite" not in rows["DDIM", seed]
+        assert rows["lear", seed]["not_finite"] == 60
+        assert rows["lear", seed]["fid"] is rows["lear", seed]["recall"] is None
+    line = f"| 3 | learned ({tmp_path / 'broken'}) | learned | 120 of 120 images are not finite |  |"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "samples-3.png").is_file()
+    before = (tmp_path / "out" / "table.json").read_bytes()
+    monkeypatch.setattr("lightning.pytorch.Trainer.test", lambda *_, **__: pytest.fail("computed again"))
+    main(command(tmp_path / "out", *flags))
+    assert (tmp_path / "out" / "table.json").read_bytes() == before
+
+
+def test_one_seed_that_is_not_finite_leaves_no_mean():
+    row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "fid": 2.0, "kid": 1.0}
+    rows = [{**row, "seed": 0}, {**row, "seed": 1, "fid": None, "kid": None, "not_finite": 3}]
+    assert "| 5 | DDIM | leading | 3 of 20 images are not finite |  |" in markdown(rows, {"images": 10})
+    assert "| 5 | DDIM | leading | 2.00 | 1.00 |" in markdown(rows[:1], {"images": 10})
+
+
+def test_every_solver_makes_five_calls(denoiser, features):
+    from ddss_lightning.compare import solver_candidates
+    from ddss_lightning.module import DDSSModule
+
+    assert Comparison(solvers=["all"]).solver_names == list(SOLVERS)
+    assert len(SOLVERS) == 15
+    module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 5), features)
+    for name, options in SOLVERS.items():
+        found = solver_candidates(module, name, 5)
+        # Every way of placing the calls is another sampler, and has another name.
+        assert len(found) == len(options) == len({each.key() for each in found}) == len({c.spacing for c in found})
+        assert {(each.name, each.nfe) for each in found} == {(name, 5)}
 
 
 @pytest.mark.parametrize(

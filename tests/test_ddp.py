@@ -1,6 +1,7 @@
 """W processes do what one does: the same scores on held-out noise, the gradient of the union of the batches."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,17 @@ def run(script, *arguments):
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == 1, done.stderr[-2000:]
     return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def test_processes_agree_on_images_that_are_not_finite(tmp_path):
+    """They are all on one process; none waits for the other, and training goes on to scores that are finite."""
+    one, two = (run("ddp_script", n, tmp_path / str(n), "not finite") for n in (1, 2))
+    for found in (one, two):
+        assert all(math.isnan(value) for value in found["initial"].values())
+        assert found["images"] == 25
+    for name, value in one["final"].items():
+        assert math.isfinite(value)
+        assert two["final"][name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.parametrize("method", ["kid", "gauss_newton"])

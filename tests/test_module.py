@@ -140,7 +140,7 @@ def test_the_result_is_never_worse_than_the_start(tmp_path):
     """A learning rate that destroys the sampler: the best is candidate 0, and that is what fit leaves."""
     module = make(lr=5.0, time_lr=5.0, warmup_steps=0)
     quality = SampleQuality(dirpath=str(tmp_path / "s"))
-    with pytest.warns(UserWarning, match="makes images that are not finite; lower the learning rate"):
+    with pytest.warns(UserWarning, match=r"makes images that are not finite \(24 of 24\); lower the learning rate"):
         trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, data())
     assert quality.best == quality.initial
     assert quality.best_step == 0
@@ -296,7 +296,7 @@ def test_a_start_that_is_not_finite_is_not_the_best(tmp_path):
     quality = SampleQuality(dirpath=str(tmp_path / "s"))
     module = make()
     module.averaged.corrections["mu"].data[0] = torch.inf
-    with pytest.warns(UserWarning, match="makes images that are not finite"):
+    with pytest.warns(UserWarning, match=r"makes images that are not finite \(24 of 24\)"):
         trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False).fit(module, data())
     assert quality.best == {}
     assert not (tmp_path / "s").exists()
@@ -350,8 +350,8 @@ def test_parts_that_do_not_fit(denoiser, features):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.full((20, 1, 8, 8), torch.nan), "NaN or infinite"),
-        (torch.full((20, 1, 8, 8), 3.0), r"must be in \[-1, 1\], got values from 3 to 3"),
+        (torch.full((20, 1, 8, 8), torch.nan), "20 of 20 real images hold NaN or infinite numbers; clean the data set"),
+        (torch.full((20, 1, 8, 8), 3.0), r"real images must lie in \[-1, 1\], got values from 3 to 3"),
         (torch.zeros(20, 3, 8, 8), r"real images have shape \(3, 8, 8\), the model .* makes \(1, 8, 8\)"),
         (torch.zeros(20, 1, 9, 9), r"real images have shape \(1, 9, 9\)"),
     ],

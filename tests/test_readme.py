@@ -3,6 +3,9 @@
 import re
 
 import lightning.pytorch
+
+# Its command line takes the Trainer that it finds when it is imported: not the short one.
+import lightning.pytorch.cli
 import pytest
 
 from tests.conftest import ROOT
@@ -16,8 +19,9 @@ PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 
 
 def run(page, tmp_path, monkeypatch):
-    """All blocks in order, in a folder where `checkpoints` is the shipped one and `runs` is new."""
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    """All blocks in order, in a folder where `checkpoints` and `recipes` are the shipped ones and `runs` is new."""
+    for name in ("checkpoints", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     scope = {}
     for block in blocks(page):

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.ggdm import CARD_NAME
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.module import DDSSModule
@@ -36,8 +36,21 @@ def quality_metrics(features: FeatureExtractor, real: Tensor, precision_recall: 
     return MetricCollection({**metrics, "is": InceptionScore(num_classes)}, compute_groups=False)
 
 
+def score_names(metrics: MetricCollection) -> list[str]:
+    """The names of the scores that `metrics.compute()` gives."""
+    return [
+        name
+        for key, metric in metrics.items()
+        for name in (metric.names if isinstance(metric, PrecisionRecall) else (key,))
+    ]
+
+
 def update_quality(metrics: MetricCollection, features: FeatureExtractor, images: Tensor, indices: Tensor) -> None:
-    """Add generated images, pixels in [-1, 1], shape (N, C, H, W), and the indices of their noise, shape (N,)."""
+    """Add generated images, pixels in [-1, 1], shape (N, C, H, W), and the indices of their noise, shape (N,).
+
+    Raises:
+        ValueError: images that are not finite.
+    """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         vectors = features(images.float())
         for name, metric in metrics.items():
@@ -53,7 +66,9 @@ class SampleQuality(Callback):
     result of a fit is never worse, on the held-out noise, than the solver it started from. The best sampler is
     written whenever it improves, and is the module's sampler when fit ends.
 
-    It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`.
+    It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`. If any image is not finite,
+    on whatever process, all scores are NaN, a warning says how many there are (`num_not_finite`), and the sampler is
+    not kept; training goes on.
 
     Args:
         monitor: the score that selects, `fid` or `kid`; lower is better.
@@ -78,9 +93,10 @@ class SampleQuality(Callback):
         self.best_step = 0
         self.best_sampler: dict[str, Tensor] = {}
         self.scores: dict[str, float] = {}
-        self.num_images = 0
-        self._num_images = 0
+        self.num_images = self.num_not_finite = 0
+        self._counts = [0, 0]
         self._metrics: MetricCollection | None = None
+        self._real: Tensor | None = None
 
     def folder(self, trainer: Trainer) -> Path:
         """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
@@ -88,7 +104,6 @@ class SampleQuality(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse to overwrite a sampler, before any work starts."""
-        self._metrics = None
         folder = self.folder(trainer)
         if stage != "fit" or self.overwrite or trainer.ckpt_path is not None:
             return
@@ -96,28 +111,35 @@ class SampleQuality(Callback):
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
 
     def _begin(self, module: DDSSModule) -> None:
-        if self._metrics is None:
-            real = module.real_features()
-            self._metrics = quality_metrics(module.features, real, self.precision_recall).to(module.device)
-        self._metrics.reset()
-        self._num_images = 0
+        real = module.real_features()
+        if self._metrics is None or self._real is not real:
+            self._metrics, self._real = quality_metrics(module.features, real, self.precision_recall), real
+        self._metrics.to(module.device).reset()
+        self._counts = [0, 0]
 
     def _update(self, module: DDSSModule, images: Tensor, indices: Tensor) -> None:
         assert self._metrics is not None
-        self._num_images += len(images)
-        update_quality(self._metrics, module.features, images, indices)
+        not_finite = int((~finite(images)).sum())
+        self._counts = [self._counts[0] + len(images), self._counts[1] + not_finite]
+        # With one such image there is no score: the others need not be counted.
+        if not not_finite:
+            update_quality(self._metrics, module.features, images, indices)
 
     def _compute(self, trainer: Trainer) -> dict[str, float]:
         assert self._metrics is not None
-        counted = torch.tensor(float(self._num_images), device=trainer.strategy.root_device)
-        counted = trainer.strategy.reduce(counted, reduce_op="sum")
-        self.num_images = int(counted)
-        self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
-        if not math.isfinite(self.scores[self.monitor]):
-            rank_zero_warn(
-                f"Step {trainer.global_step}: the sampler makes images that are not finite; lower the learning rate. "
-                "It is not kept."
-            )
+        counts = torch.tensor(self._counts, device=trainer.strategy.root_device)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        self.num_images, self.num_not_finite = counts.tolist()
+        if not self.num_not_finite:
+            self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
+            return self.scores
+        # All processes know it from the sum, and none waits for the samples of the others.
+        self.scores = dict.fromkeys(score_names(self._metrics), math.nan)
+        found = f"the sampler makes images that are not finite ({self.num_not_finite} of {self.num_images})"
+        if trainer.state.fn == "fit":
+            rank_zero_warn(f"Step {trainer.global_step}: {found}; lower the learning rate. It is not kept.")
+        else:
+            rank_zero_warn(f"No scores: {found}; look at `print(sampler)` for states that grow out of scale.")
         return self.scores
 
     # --------------------------------------------------------------------------------------------- candidate 0

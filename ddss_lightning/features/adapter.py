@@ -78,7 +78,7 @@ class ModuleFeatures(FeatureExtractor):
         Raises:
             ValueError: the images have another shape.
         """
-        self.check_shape(images)
+        self.check_input(images)
         if self.size is not None:
             images = resize_images(images, self.size, self._resize)
         output = self._output(((images + 1) / 2 - self.mean) / self.std)

@@ -9,6 +9,59 @@ from torch import Tensor
 from ddss_lightning.frozen import Frozen
 
 
+def finite(samples: Tensor) -> Tensor:
+    """Which samples, along the first dimension of shape (n, ...), hold finite numbers only: shape (n,), bool."""
+    return samples.flatten(1).isfinite().all(1)
+
+
+def check_finite(samples: Tensor, what: str, remedy: str) -> None:
+    """Make sure that no sample holds NaN or infinite numbers.
+
+    Args:
+        samples: shape (n, ...).
+        what: their name in the message, plural.
+        remedy: what to do.
+
+    Raises:
+        ValueError: some do, with their number.
+    """
+    broken = int((~finite(samples)).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(samples)} {what} hold NaN or infinite numbers; {remedy}.")
+
+
+def check_floats(images: Tensor, what: str = "images") -> None:
+    """Make sure that images are not bytes.
+
+    Raises:
+        TypeError: they are not floats.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"The {what} must be floats in [-1, 1], got {images.dtype}; convert bytes with x / 127.5 - 1.")
+
+
+def check_images(images: Tensor, what: str = "images", remedy: str = "look at what made them") -> None:
+    """Make sure that images are floats in [-1, 1].
+
+    Args:
+        images: shape (n, C, H, W).
+        what: their name in the message, plural.
+        remedy: what to do about NaN.
+
+    Raises:
+        TypeError: they are not floats.
+        ValueError: values that are not finite, or outside [-1, 1].
+    """
+    check_floats(images, what)
+    check_finite(images, what, remedy)
+    # 1e-3 is a fifth of a grey level: rounding of half precision, not another range.
+    if images.numel() and images.abs().max() > 1 + 1e-3:
+        raise ValueError(
+            f"The {what} must lie in [-1, 1], got values from {float(images.min()):.4g} to {float(images.max()):.4g}; "
+            "clamp them, or rescale them."
+        )
+
+
 class FeatureExtractor(Frozen, ABC):
     """A frozen network phi from images to feature vectors, in which samples are compared with real images.
 
@@ -33,12 +86,16 @@ class FeatureExtractor(Frozen, ABC):
             Shape (N, d).
         """
 
-    def check_shape(self, images: Tensor) -> None:
-        """Make sure that images have shape (N, *image_shape).
+    def check_input(self, images: Tensor) -> None:
+        """Make sure that images are floats of shape (N, *image_shape).
+
+        The range is not looked at: training must not wait for the device at each step. `check_images` does it.
 
         Raises:
-            ValueError: they have another one.
+            TypeError: they are not floats.
+            ValueError: they have another shape.
         """
+        check_floats(images)
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"This feature network takes images of shape {self.image_shape} (channels, height, width), "

@@ -69,7 +69,7 @@ class ConvFeatures(FeatureExtractor):
         Raises:
             ValueError: the images have another shape.
         """
-        self.check_shape(images)
+        self.check_input(images)
         features: Tensor = self.body(images)
         return features
 

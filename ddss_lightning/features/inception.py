@@ -123,7 +123,7 @@ class InceptionFeatures(FeatureExtractor):
         Raises:
             ValueError: the images have another shape.
         """
-        self.check_shape(images)
+        self.check_input(images)
         pixels = resize_images(127.5 * (images + 1), INPUT_SIZE, self._resize)
         features: Tensor = self.body((pixels.expand(-1, 3, -1, -1) - 128) / 128)
         return features.flatten(1)

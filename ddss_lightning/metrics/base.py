@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ddss_lightning.features import FeatureExtractor
+from ddss_lightning.features.base import check_finite, check_images
+
+DIVERGED = "a sampler that diverges makes such images: look at its coefficients, and score a sampler that does not"
 
 
 def check_real(real: Tensor, minimum: int = 2) -> Tensor:
@@ -23,8 +26,7 @@ def check_real(real: Tensor, minimum: int = 2) -> Tensor:
             f"real must hold the features of at least {minimum} real images, shape (m, d), got {tuple(real.shape)}; "
             "give the output of a FeatureExtractor."
         )
-    if not real.isfinite().all():
-        raise ValueError("real holds numbers that are not finite; look for NaN in the real images.")
+    check_finite(real, "feature vectors of real images", "look for NaN in the real images")
     return real.detach().double()
 
 
@@ -55,11 +57,11 @@ class SampleMetric(Metric):
 
         Raises:
             TypeError: images that are not floats.
-            ValueError: another shape, or images outside [-1, 1] (NaN passes, and makes the score NaN).
+            ValueError: another shape, images outside [-1, 1], images or vectors that are not finite.
         """
         network = self._network[0]
         if network is not None:
-            _check_images(samples)
+            check_images(samples, remedy=DIVERGED)
             device = next(network.parameters(), samples).device
             with torch.autocast(device.type, enabled=False):
                 samples = self.represent(network, samples.to(device).float())
@@ -69,6 +71,7 @@ class SampleMetric(Metric):
                 f"{type(self).__name__} takes vectors of shape (n, {self.num_features}), got {tuple(samples.shape)}; "
                 f"{remedy}."
             )
+        check_finite(samples, "feature vectors", DIVERGED)
         return samples.to(self.device).double()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
@@ -80,17 +83,6 @@ class SampleMetric(Metric):
         """The vectors of images that this metric is about: their features."""
         vectors: Tensor = network(images)
         return vectors
-
-
-def _check_images(images: Tensor) -> None:
-    if not images.is_floating_point():
-        raise TypeError(f"Images must be floats in [-1, 1], got {images.dtype}; convert bytes with x / 127.5 - 1.")
-    # 1e-3 is a fifth of a grey level: rounding of half precision, not another range.
-    if images.numel() and images.abs().max() > 1 + 1e-3:
-        raise ValueError(
-            f"Images must lie in [-1, 1], got values from {float(images.min()):.4g} to {float(images.max()):.4g}; "
-            "clamp the samples, or rescale them."
-        )
 
 
 class RowMetric(SampleMetric):
@@ -118,7 +110,7 @@ class RowMetric(SampleMetric):
 
         Raises:
             TypeError: images that are not floats.
-            ValueError: wrong shapes, or images outside [-1, 1].
+            ValueError: wrong shapes, images outside [-1, 1], or numbers that are not finite.
         """
         rows = self.vectors(samples)
         if indices is None:

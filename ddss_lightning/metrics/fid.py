@@ -94,7 +94,7 @@ class FrechetDistance(SampleMetric):
 
         Raises:
             TypeError: images that are not floats.
-            ValueError: wrong shapes, or images outside [-1, 1].
+            ValueError: wrong shapes, images outside [-1, 1], or numbers that are not finite.
         """
         # Centred on the real mean for accuracy.
         centred = self.vectors(samples) - self.mean_real
@@ -103,7 +103,7 @@ class FrechetDistance(SampleMetric):
         self.outer += centred.T @ centred
 
     def compute(self) -> Tensor:
-        """The squared Frechet distance; NaN if any feature was not finite.
+        """The squared Frechet distance; NaN if a feature was so large that its square overflowed.
 
         It warns, once, if a covariance is of fewer images than it has rows, hence rank-deficient.
         """

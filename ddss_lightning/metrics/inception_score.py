@@ -59,7 +59,8 @@ class InceptionScore(SampleMetric):
 
         Raises:
             TypeError: images that are not floats.
-            ValueError: wrong shapes, images outside [-1, 1], or no indices for splits in several processes.
+            ValueError: wrong shapes, images outside [-1, 1], numbers that are not finite, or no indices for splits in
+                several processes.
         """
         log_probability = self.vectors(samples).log_softmax(1)
         if indices is None:

@@ -10,22 +10,25 @@ from ddss_lightning.metrics.base import RowMetric, check_real
 
 # A neighbour at exactly the radius counts as outside whatever the rounding of its distance was.
 MARGIN = 1e-9
+# Rows of a matrix of distances at a time: more do not stay in the processor's cache.
+BLOCK = 128
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """|x_i - y_j|^2, all pairs: (N, d), (M, d) -> (N, M)."""
     with torch.autocast(x.device.type, enabled=False):
-        distances = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
-    return distances.clamp(min=0)
+        # In place: the matrix is large, and every copy of it takes as long as the product.
+        distances = (x @ y.T).mul_(-2).add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1))
+    return distances.clamp_(min=0)
 
 
-def squared_radii(x: Tensor, num_neighbours: int, block: int = 2048) -> Tensor:
+def squared_radii(x: Tensor, num_neighbours: int, block: int = BLOCK) -> Tensor:
     """Squared distance of each vector to its k-th nearest neighbour among the others, shape (N,)."""
     radii = []
     for start, part in zip(range(0, len(x), block), x.split(block), strict=True):
         distances = squared_distances(part, x)
         distances[torch.arange(len(part)), torch.arange(start, start + len(part))] = torch.inf
-        radii.append(distances.kthvalue(num_neighbours, dim=1).values)
+        radii.append(distances.topk(num_neighbours, dim=1, largest=False).values[:, -1])
     return torch.cat(radii) * (1 - MARGIN)
 
 
@@ -61,6 +64,7 @@ class PrecisionRecall(RowMetric):
     """
 
     higher_is_better = True
+    names = ("precision", "recall", "density", "coverage")
     real: Tensor
     centre: Tensor
     real_radii: Tensor
@@ -77,16 +81,14 @@ class PrecisionRecall(RowMetric):
         self.register_buffer("real_radii", torch.empty(0, dtype=torch.float64), persistent=False)
 
     def compute(self) -> dict[str, Tensor]:
-        """`precision`, `recall`, `density`, `coverage`; all NaN if any feature was not finite."""
+        """`precision`, `recall`, `density`, `coverage`."""
         x = self.all_rows(minimum=self.num_neighbours + 1) - self.centre
-        if not x.isfinite().all():
-            return dict.fromkeys(("precision", "recall", "density", "coverage"), x.new_tensor(torch.nan))
         if not len(self.real_radii):
             self.real_radii = squared_radii(self.real, self.num_neighbours)
         radii = squared_radii(x, self.num_neighbours)
         balls_around = torch.zeros(len(x), dtype=torch.long, device=x.device)
         recalled, covered = [], []
-        for part, radius in zip(self.real.split(2048), self.real_radii.split(2048), strict=True):
+        for part, radius in zip(self.real.split(BLOCK), self.real_radii.split(BLOCK), strict=True):
             distances = squared_distances(part, x)
             inside = distances < radius[:, None]
             balls_around += inside.sum(0)

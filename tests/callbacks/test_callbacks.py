@@ -1,3 +1,4 @@
+import math
 import signal
 import types
 
@@ -112,3 +113,46 @@ def test_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     trainer(tmp_path, 1, callbacks=[Interruption(dirpath=str(tmp_path))]).fit(make(), data())
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_images_that_are_not_finite_give_no_score_and_end_nothing(tmp_path):
+    """One image of 24 at candidate 0 and at the first validation; the second validation is sound."""
+    quality = SampleQuality(dirpath=str(tmp_path / "s"), precision_recall=True)
+    module = make()
+    original, seen = module.validation_step, []
+
+    def validation_step(batch, batch_idx):
+        images = original(batch, batch_idx)
+        if quality._counts[0] == 0:
+            seen.append(batch_idx)
+        if len(seen) <= 2 and 5 in batch.tolist():
+            images[batch.tolist().index(5), 0, 3, 3] = torch.nan
+        return images
+
+    module.validation_step = validation_step
+    scores = []
+    module.on_validation_epoch_end = lambda: scores.append((quality.num_not_finite, dict(quality.scores)))
+    datamodule = data()
+    datamodule.eval_batch_size = 10
+    with pytest.warns(UserWarning, match=r"Step 2: .* not finite \(1 of 24\); lower the learning rate. It is not kept"):
+        trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, datamodule)
+    names = {"fid", "kid", "is", "precision", "recall", "density", "coverage"}
+    assert quality.initial.keys() == names
+    assert all(math.isnan(value) for value in quality.initial.values())
+    # Callbacks come before the module: each validation is seen right after its scores.
+    (first_count, first), (second_count, second) = scores
+    assert (first_count, second_count) == (1, 0)
+    assert first.keys() == second.keys() == names
+    assert all(math.isnan(value) for value in first.values())
+    assert all(math.isfinite(value) for value in second.values())
+    assert quality.best == second
+    assert read_card(tmp_path / "s")["scores"]["validation"] == second
+
+
+def test_a_test_run_says_what_is_not_finite(tmp_path):
+    quality, module = SampleQuality(), make()
+    module.averaged.corrections["mu"].data[0] = torch.inf
+    runner = trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False)
+    with pytest.warns(UserWarning, match=r"No scores: .* not finite \(20 of 20\); look at `print\(sampler\)`"):
+        (result,) = runner.test(module, data(), verbose=False)
+    assert math.isnan(result["test/fid"])

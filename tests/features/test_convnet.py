@@ -25,6 +25,8 @@ def test_the_shipped_network_knows_its_digits(features):
 def test_bad_input(tmp_path, features):
     with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\) .* got \(1, 9, 9\)"):
         features(torch.zeros(1, 1, 9, 9))
+    with pytest.raises(TypeError, match=r"images must be floats in \[-1, 1\], got torch.uint8; convert bytes"):
+        features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"'config.json' is missing"):
         ConvFeatures.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -224,7 +224,7 @@ def test_images_through_a_feature_network(make, features):
         metric.update(images)
     torch.testing.assert_close(metric.compute(), plain.compute(), rtol=1e-6, atol=1e-9)
     assert not metric.state_dict()
-    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got values from -3 to 3"):
+    with pytest.raises(ValueError, match=r"images must lie in \[-1, 1\], got values from -3 to 3"):
         metric.update(images.sign() * 3)
     with pytest.raises(TypeError, match=r"got torch.uint8; convert bytes"):
         metric.update(images.to(torch.uint8))
@@ -260,16 +260,30 @@ def test_rank_deficient_covariances_warn_once():
         updated(FrechetDistance(draw(13)), draw(13), 8)
 
 
-def test_features_that_are_not_finite_give_nan():
-    x = draw(20)
-    x[3, 2] = torch.nan
-    assert updated(FrechetDistance(draw(30)), x, 7).isnan()
-    assert updated(KernelDistance(draw(30)), x, 7).isnan()
-    assert updated(KernelDistanceSubsets(draw(30), 2, 20), x, 7)["kid_mean"].isnan()
-    assert all(value.isnan() for value in updated(PrecisionRecall(draw(30)), x, 7).values())
-    assert updated(InceptionScore(12), x, 7).isnan()
-    with pytest.raises(ValueError, match="real holds numbers that are not finite"):
-        KernelDistance(x)
+@pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_are_refused(make, value, features):
+    """Vectors, images, and real vectors; what was refused does not count."""
+    real, x = draw(90), draw(30)
+    metric = make(real)
+    metric.update(x[:25])
+    broken = x.clone()
+    broken[3, 2], broken[17, :4] = value, value
+    with pytest.raises(
+        ValueError, match="2 of 30 feature vectors hold NaN or infinite numbers; a sampler that diverges"
+    ):
+        metric.update(broken)
+    torch.testing.assert_close(metric.compute(), updated(make(real), x[:25], 25), rtol=0, atol=0)
+    images = torch.zeros(6, 1, 8, 8)
+    images[4, 0, 1, 1] = value
+    metric._network = (features,)
+    with pytest.raises(ValueError, match="1 of 6 images hold NaN or infinite numbers; a sampler that diverges"):
+        metric.update(images)
+    if make is not METRICS["is"]:
+        with pytest.raises(
+            ValueError, match="2 of 30 feature vectors of real images hold NaN or infinite numbers; look"
+        ):
+            make(broken)
 
 
 def test_too_few_images():

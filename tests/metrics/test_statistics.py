@@ -101,5 +101,8 @@ def test_bad_files(tmp_path, real):
     }.items():
         with pytest.raises(ValueError, match=rf"{name}.npz' holds no statistics that can be used: .*{reason}"):
             ReferenceStatistics.load(tmp_path / f"{name}.npz")
+    real[[2, 5, 7], 1] = torch.nan
+    with pytest.raises(ValueError, match="3 of 90 feature vectors of real images hold NaN or infinite numbers; look"):
+        ReferenceStatistics.from_features(real)
     with pytest.raises(ValueError, match="at least 2 real images"):
         ReferenceStatistics.from_features(real[:1])
