@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all lint bench bench-chain
 
 # pyproject.toml changed: install again into the same environment.
 $(READY): pyproject.toml
@@ -23,10 +23,13 @@ test: $(READY)
 test-all: $(READY) lint
 	$(BIN)/python -m pytest -q -m ""
 
-# Time and memory; results in benchmarks/results. With a GPU: make bench BENCH="--device cuda --network cifar10 --precision bfloat16"
-bench: $(READY)
+# Time and memory; results go to benchmarks/results. An hour on one core, most of it in the last two.
+bench: bench-chain
+	for part in fid compare optimizers; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+
+# What depends on the machine most. On a GPU: make bench-chain BENCH="--device cuda --precision bfloat16 --network cifar10"
+bench-chain: $(READY)
 	for part in learning sampling memory; do $(BIN)/python benchmarks/$$part.py $(BENCH) || exit 1; done
-	$(BIN)/python benchmarks/fid.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -16,11 +16,12 @@ import ddss_lightning
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, number of threads, date."""
+    """Machine, accelerator if there is one, versions, number of threads, date."""
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
     return {
         "machine": f"{models[0] if models else platform.processor()} ({platform.machine()}), {platform.system()}",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -42,7 +42,7 @@ def autocast(given: argparse.Namespace) -> torch.autocast:
 
 def clock(device: str) -> float:
     """Seconds: of the processor that this process used, or, on an accelerator, of the wall when it has finished."""
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
