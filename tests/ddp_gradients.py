@@ -15,9 +15,6 @@ from ddss_lightning.denoisers import MixtureDenoiser
 from tests.conftest import DDPM, FEATURES
 from tests.test_unroll import moved_sampler
 
-warnings.filterwarnings("ignore")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
 GLOBAL_BATCH = 18
 # Name -> precision of the oracle or of the network, arguments of the module.
 WAYS = {
@@ -63,6 +60,8 @@ def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     num, folder, ways = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     results = {way: gradient(way, num, folder) for way in ways}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
