@@ -92,7 +92,9 @@ def test_finished_cells_are_not_computed_again(finished, monkeypatch, tmp_path):
 def test_killed_and_started_again_it_ends_with_the_same_bytes(finished, tmp_path):
     folder, flags = finished
     arguments = [sys.executable, "-m", "ddss_lightning.cli", *command(tmp_path / "killed", *flags)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    # As many threads as the run that it is compared with: their number moves the last digit.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     run = subprocess.Popen(arguments, cwd=ROOT, **quiet)
     scores, deadline = tmp_path / "killed" / "scores.json", time.time() + 200
     while time.time() < deadline and not (scores.exists() and len(json.loads(scores.read_text())["cells"]) >= 3):

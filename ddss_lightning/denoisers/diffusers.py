@@ -131,7 +131,8 @@ class DiffusersDenoiser(Denoiser):
             return x_0
         vae: Any = self.vae
         images: Tensor = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
-        return images
+        # Under autocast the decoder answers in half precision, which has no 256 levels to round to.
+        return images.to(x_0.dtype)
 
     def with_labels(self, labels: Tensor, guidance_scale: float = 1.0) -> DiffusersDenoiser:
         """The same frozen network for images of given classes; nothing is copied.

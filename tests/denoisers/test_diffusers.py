@@ -13,7 +13,6 @@ from diffusers import (
     KarrasVeScheduler,
     LDMPipeline,
     UNet2DModel,
-    VQModel,
 )
 from lightning.pytorch import Trainer
 from torch._dynamo.testing import CompileCounter
@@ -109,7 +108,8 @@ def test_a_network_with_classes_is_unconditional_by_its_null_label(labelled):
     with torch.no_grad():
         expected = labelled.unet(x, t, torch.tensor([2, 2, 2])).sample
         torch.testing.assert_close(labelled(x, t), expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(labelled.with_labels(torch.tensor([0, 1, 0]), 0.0)(x, t), expected)
+        labels = torch.tensor([0, 1, 0])
+        torch.testing.assert_close(labelled.with_labels(labels, 0.0)(x, t), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_and_guidance(labelled):
@@ -163,13 +163,14 @@ def latent_folder(tmp_path_factory):
     """A latent diffusion pipeline as the hub holds them, with random weights: latents 2x4x4, images 1x8x8."""
     torch.manual_seed(0)
     decoder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vqvae = VQModel(
+    # Not a VQModel: it takes the nearest code, and the last digit can make that another one.
+    vae = AutoencoderKL(
         1, 1, block_out_channels=(8, 8), latent_channels=2, norm_num_groups=4, scaling_factor=0.5, **decoder
     )
     unet = UNet2DModel(sample_size=4, in_channels=2, out_channels=2, norm_num_groups=4, **SMALL)
     scheduler = DDIMScheduler(1000, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     folder = tmp_path_factory.mktemp("latent")
-    LDMPipeline(vqvae, unet, scheduler).save_pretrained(folder)
+    LDMPipeline(vae, unet, scheduler).save_pretrained(folder)
     return str(folder)
 
 
@@ -184,7 +185,7 @@ def test_a_latent_model_makes_the_images_of_its_pipeline(latent_folder):
         images = denoiser.decode(GGDMSampler.from_scheduler(pipeline.scheduler, 4)(denoiser, x_T))
     ours = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert ours.std() > 0.01
-    torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=1e-3, atol=1e-3)
 
 
 def test_a_sampler_of_a_latent_model_learns(latent_folder, features, tmp_path):
