@@ -26,7 +26,7 @@ class DiffusersDenoiser(Denoiser):
 
     .. math:: output = output_{null} + w (output_{label} - output_{null})
 
-    A latent model's states are latents; `decode` makes images of them, x = decoder(z / scaling_factor).
+    A latent model's states are latents; `decode` makes images of them, x = decoder(z / scaling_factor + shift_factor).
 
     Args:
         unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
@@ -130,7 +130,8 @@ class DiffusersDenoiser(Denoiser):
         if self.vae is None:
             return x_0
         vae: Any = self.vae
-        images: Tensor = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+        shift = vae.config.get("shift_factor") or 0.0
+        images: Tensor = vae.decode(x_0 / vae.config.scaling_factor + shift, return_dict=False)[0]
         # Under autocast the decoder answers in half precision, which has no 256 levels to round to.
         return images.to(x_0.dtype)
 

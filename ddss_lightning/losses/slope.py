@@ -45,11 +45,23 @@ def slope_by_parts(
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in float32 as such: no autocast, no TF32. A KID is a small difference of large means."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products in float32 as such: no autocast, no TF32. A KID is a small difference of large means.
+
+    PyTorch has two ways of setting this and refuses to mix them: the one that the user took is taken.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+        change = torch.set_float32_matmul_precision
+        highest = "highest"
+    except RuntimeError:
+        before, highest = torch.backends.cuda.matmul.fp32_precision, "ieee"
+
+        def change(precision: str) -> None:
+            torch.backends.cuda.matmul.fp32_precision = precision
+
+    change(highest)
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        change(before)

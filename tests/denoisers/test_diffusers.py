@@ -205,11 +205,16 @@ def test_a_sampler_of_a_latent_model_learns(latent_folder, features, tmp_path):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
-def test_the_decoder_s_factor():
+def test_what_a_decoder_gets_and_gives():
     vae = AutoencoderKL(1, 1, block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=2,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)  # fmt: skip
     unet = UNet2DModel(sample_size=4, in_channels=2, out_channels=2, norm_num_groups=4, **SMALL)
     denoiser = DiffusersDenoiser(unet, DiffusersDenoiser.from_pretrained(DDPM).schedule, vae=vae)
+    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    torch.testing.assert_close(denoiser.decode(latents), vae.decode(2 * latents + 0.25).sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert denoiser.decode(latents).dtype == torch.float32
     assert denoiser.decode(torch.zeros(2, 2, 4, 4)).shape[1:] == denoiser.image_shape == (1, 16, 16)
 
 
