@@ -1,4 +1,7 @@
-"""Small feature networks in a folder: `config.json` with the constructor's arguments, and the weights."""
+"""Small feature networks in a folder: `config.json` with the constructor's arguments, and the weights.
+
+Functions, not a base class: a recipe finds out what `from_pretrained` makes by the class in its return annotation.
+"""
 
 from __future__ import annotations
 
