@@ -28,6 +28,7 @@ from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_ou
 from ddss_lightning.remat import Remat
 
 FROZEN = ("denoiser.", "features.", "loss.")
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 class DDSSModule(LightningModule):
@@ -72,6 +73,8 @@ class DDSSModule(LightningModule):
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
+
+    The Trainer's precision is 32-true, bf16-mixed or 64-true; others are refused. The sampler is float64 in all.
 
     Raises:
         ValueError: parts that do not fit together, or an argument outside its range.
@@ -171,6 +174,18 @@ class DDSSModule(LightningModule):
                 f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
             )
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
+
+        Raises:
+            ValueError: a precision other than 32-true, bf16-mixed and 64-true.
+        """
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"The Trainer's precision is '{self.trainer.precision}', in which a sampler cannot be learned; use "
+                "precision='bf16-mixed' (the networks in half precision, all else in float32) or '32-true'."
+            )
 
     # ---------------------------------------------------------------------------------------------- real images
 
