@@ -64,10 +64,13 @@ def assert_equal_gradients(found, expected, tolerance):
 def whole_batch(tmp_path_factory):
     """Gradients of one process that keeps everything."""
     folder = tmp_path_factory.mktemp("whole")
-    return {way: gradient(way, 1, folder) for way in ("oracle", "oracle, whole real batch", "network")}
+    ways = ("oracle", "oracle, whole real batch", "oracle, one call", "network")
+    return {way: gradient(way, 1, folder) for way in ways}
 
 
 def reference(way):
+    if "one call" in way:
+        return way
     return "oracle, whole real batch" if "real" in way else way.split(",")[0]
 
 
@@ -82,7 +85,9 @@ def test_parts_of_the_batch_have_the_gradient_of_the_whole(tmp_path, whole_batch
 
 @pytest.mark.parametrize("num", [2, 3])
 def test_processes_have_the_gradient_of_the_union_of_their_batches(tmp_path, whole_batch, num):
-    """With parts and without, with the bank and with minibatches of real images; nothing frozen is broadcast."""
+    """With parts and without, with the bank and with minibatches of real images, and with a single call, which has
+    no gaps and no noise to learn; nothing frozen is broadcast.
+    """
     ways = [way for way in WAYS if "local" not in way]
     for way, found in run("ddp_gradients", num, tmp_path, *ways).items():
         assert_equal_gradients(found, whole_batch[reference(way)], tolerance(way))

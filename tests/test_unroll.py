@@ -9,7 +9,7 @@ from ddss_lightning.unroll import unroll
 
 def moved_sampler(schedule, **options):
     """A sampler away from its anchor, so that no derivative is special."""
-    sampler = GGDMSampler(schedule, 4, **{"learn": DEGREES, "stride": "quadratic", **options})
+    sampler = GGDMSampler(schedule, **{"num_steps": 4, "learn": DEGREES, "stride": "quadratic", **options})
     generator = torch.Generator().manual_seed(0)
     for value in sampler.corrections.values():
         value.data = 0.1 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
