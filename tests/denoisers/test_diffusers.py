@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from ddss_lightning import DDSSModule, DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.remat import measured_call
 from tests.conftest import DDPM
 
 
@@ -126,6 +127,28 @@ def test_labels_and_guidance(labelled):
     # The given one is as it was, and both are the same network.
     assert labelled.labels is None
     assert labelled.with_labels(labels).fingerprint() == labelled.fingerprint()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_budget_of_memory_with_labels(labelled, guidance_scale):
+    """A network that takes no batch but that of its labels is measured on it. Guidance doubles what is kept, and the
+    doubled state is kept too.
+    """
+    network = labelled.with_labels(torch.tensor([0, 1, 2, 0]), guidance_scale)
+    x_T, noise = torch.randn(4, 1, 4, 4), torch.randn(3, 4, 1, 4, 4)
+    size = measured_call(network, x_T, torch.full((4,), 500.0))[1]
+    plain = measured_call(labelled, x_T, torch.full((4,), 500.0))[1]
+    assert size == (plain if guidance_scale == 1 else 2 * plain + 2 * x_T.nbytes)
+    gradients, calls = [], []
+    hook = labelled.unet.register_forward_hook(lambda *_: calls.append(1))
+    for remat in ("none", f"budget({2 * size}B)"):
+        sampler = GGDMSampler(labelled.schedule, 4)
+        sampler(network, x_T, noise=noise, remat=remat).square().sum().backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in sampler.parameters()]))
+    hook.remove()
+    # Of the three calls that have a gradient, two are kept.
+    assert len(calls) == 4 + 4 + 1
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
 
 
 def test_labelled_networks_are_saved_and_read(labelled, tmp_path):
