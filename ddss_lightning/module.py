@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import full_precision, slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
 from ddss_lightning.remat import Remat
+from ddss_lightning.replay import Replay
 
 FROZEN = ("denoiser.", "features.", "loss.")
 
@@ -288,26 +290,41 @@ class DDSSModule(LightningModule):
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
 
-        def moments(purpose: str, num_images: int, rounded: bool) -> Tensor:
-            """Of samples from noise of this step, the mean over processes; differences see images that are smooth."""
+        def draws(purpose: str, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+            """Noise of this step, in batches."""
             generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
-            parts, sizes = [], [len(part) for part in torch.arange(num_images).split(self.batch_size)]
-            for size in sizes:
-                x_T, noise = draw_noise((size, *self.denoiser.state_shape), self.sampler.num_steps, generator)
-                # Differences of a thousandth drown in the rounding of bfloat16.
+            for part in torch.arange(num_images).split(self.batch_size):
+                yield draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
+
+        def everyone(moments: Tensor) -> Tensor:
+            """The mean over processes."""
+            return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
+
+        def moments(purpose: str, num_images: int) -> Tensor:
+            """Of samples as they are scored."""
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for x_T, noise in draws(purpose, num_images):
                 with torch.autocast(self.device.type, enabled=False):
-                    images = self.denoiser.decode(self._last_state(self.sampler, x_T, noise))
-                    features = self.features(to_pixels(images) if rounded else images.clamp(-1, 1))
-                parts.append(distance.moments(features) * size)
-            mean = torch.stack(parts).sum(0) / num_images
-            return torch.stack(list(self.all_gather(mean))).mean(0) if self.trainer.world_size > 1 else mean
+                    total = total + distance.moments(self.features(self.generate(x_T, noise, self.sampler))) * len(x_T)
+            return everyone(total / num_images)
+
+        # Differences of a thousandth drown in the rounding of bfloat16 and of pixels.
+        with torch.autocast(self.device.type, enabled=False):
+            ((x_T, noise),) = draws("differences", self.batch_size)
+            x_T = x_T.to(device=self.device, dtype=self._image_dtype)
+            replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
+
+        def smooth_moments() -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                images = self.denoiser.decode(replay(self.sampler.coefficients()))
+                return everyone(distance.moments(self.features(images.clamp(-1, 1))))
 
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.corrections.items()},
             distance,
-            lambda: moments("differences", self.batch_size, rounded=False),
-            lambda: moments("residual", method.residual_images, rounded=True),
-            lambda: moments("trial", method.trial_images, rounded=True),
+            smooth_moments,
+            lambda: moments("residual", method.residual_images),
+            lambda: moments("trial", method.trial_images),
             self._report_differences,
         )
         if not math.isfinite(found["distance"]):
