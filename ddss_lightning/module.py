@@ -183,23 +183,32 @@ class DDSSModule(LightningModule):
             ValueError: no data module, fewer than two images, images of another shape than the model's, NaN, or values
                 outside [-1, 1].
         """
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        datamodule = getattr(self.trainer, "datamodule", None)
         if self._real is None or self._real_source is not datamodule:
-            if not hasattr(datamodule, "real_dataloader"):
-                raise ValueError(
-                    "DDSSModule compares with real images: give the Trainer a data module that has "
-                    "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
-                )
-            parts = []
-            with torch.no_grad():
-                for images in datamodule.real_dataloader():
-                    self._check_images(images)
-                    parts.append(self.features(images.to(device=self.device, dtype=self._image_dtype)))
-            real = torch.cat(parts)
-            if len(real) < 2:
-                raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
-            self._real, self._real_source = real, datamodule
+            self._real, self._real_source = self.encode_real(self.features), datamodule
         return self._real
+
+    @torch.no_grad()
+    def encode_real(self, features: FeatureExtractor) -> Tensor:
+        """The output of any feature network for all real images of the data module, shape (m, d).
+
+        Raises:
+            ValueError: as `real_features`.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "real_dataloader"):
+            raise ValueError(
+                "DDSSModule compares with real images: give the Trainer a data module that has "
+                "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
+            )
+        parts = []
+        for images in datamodule.real_dataloader():
+            self._check_images(images)
+            parts.append(features(images.to(device=self.device, dtype=self._image_dtype)))
+        real = torch.cat(parts)
+        if len(real) < 2:
+            raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
+        return real
 
     @property
     def _image_dtype(self) -> torch.dtype:
