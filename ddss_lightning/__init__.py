@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
-    from ddss_lightning.losses import KIDLoss
+    from ddss_lightning.losses import FrechetLoss, KIDLoss, SampleLoss, TeacherLoss, WeightedSum
     from ddss_lightning.metrics import (
         FrechetDistance,
         InceptionScore,
@@ -43,7 +43,7 @@ _ROOMS = {
     "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures", "ResidualFeatures"),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
-    "losses": ("KIDLoss",),
+    "losses": ("FrechetLoss", "KIDLoss", "SampleLoss", "TeacherLoss", "WeightedSum"),
     "metrics": (
         "FrechetDistance",
         "InceptionScore",
@@ -67,6 +67,7 @@ __all__ = [
     "DigitsDataModule",
     "FeatureExtractor",
     "FrechetDistance",
+    "FrechetLoss",
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",
@@ -86,8 +87,11 @@ __all__ = [
     "PrecisionRecall",
     "ReferenceStatistics",
     "ResidualFeatures",
+    "SampleLoss",
     "SampleQuality",
     "SamplerPictures",
+    "TeacherLoss",
+    "WeightedSum",
 ]
 
 

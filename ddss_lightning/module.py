@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
+from ddss_lightning.losses.base import SampleLoss, Samples
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import full_precision, slope_by_parts
@@ -31,14 +33,16 @@ FROZEN = ("denoiser.", "features.", "loss.")
 
 
 class DDSSModule(LightningModule):
-    r"""Minimise KID(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
+    r"""Minimise L(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
+
+    L is the KID, as in the paper, or any other `SampleLoss`, such as a weighted sum of several.
 
     One training step: draw noise from (seed, global step, index in the global batch), unroll the sampler with the
     frozen denoiser, clamp and round straight through, take the features of the frozen network phi, compare with real
-    ones, and backpropagate through the whole chain. The slope of the loss with respect to the features is computed
-    apart, in full precision: under DDP, of the features of all processes, so that the loss is the KID of the global
-    batch; and with `microbatch_size` it then goes through the chain part by part, which is the same gradient on the
-    memory of a part, for one more pass without gradient.
+    ones, and backpropagate through the whole chain. The slope of the loss with respect to the features (and images,
+    where the loss sees them) is computed apart, in full precision: under DDP, of the features of all processes, so that
+    the loss is the KID of the global batch; and with `microbatch_size` it then goes through the chain part by part,
+    which is the same gradient on the memory of a part, for one more pass without gradient.
 
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
     with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
@@ -52,7 +56,7 @@ class DDSSModule(LightningModule):
         denoiser: the pretrained model.
         sampler: what is learned; made with `denoiser.schedule`.
         features: phi.
-        loss: `KIDLoss`.
+        loss: what is minimised; None: `KIDLoss()`.
         batch_size: images generated per step and process, at least 2.
         lr: learning rate of the corrections (`mu`, `nu`, `std`, `pred`).
         time_lr: learning rate of `time` and `logsnr`.
@@ -66,8 +70,8 @@ class DDSSModule(LightningModule):
         microbatch_size: images that go through chain and feature network at once; None: all of `batch_size`.
         features_batch_size: images that go through the feature network (of a latent model: through its decoder too) at
             once, computed again in the backward pass; None: all at once, and kept.
-        gather_features: under DDP, the KID of the global batch; False: the mean over processes of the KID of each one's
-            own, whose gradient is noisier.
+        gather_features: under DDP, the loss of the global batch; False: the mean over processes of the loss of each
+            one's own, whose gradient is noisier for a KID.
         max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
@@ -84,7 +88,7 @@ class DDSSModule(LightningModule):
         denoiser: Denoiser,
         sampler: GGDMSampler,
         features: FeatureExtractor,
-        loss: KIDLoss | None = None,
+        loss: SampleLoss | None = None,
         batch_size: int = 256,
         lr: float = 3e-3,
         time_lr: float = 1e-2,
@@ -215,8 +219,17 @@ class DDSSModule(LightningModule):
     # ------------------------------------------------------------------------------------------------- learning
 
     def on_train_start(self) -> None:
-        """Give the loss its real features."""
+        """Give the loss its real features.
+
+        Raises:
+            ValueError: a loss with a memory, on several processes that each see a loss of their own.
+        """
         self.loss.fit_real(self.real_features())
+        if self.trainer.world_size > 1 and not self.gather_features and self.loss.has_memory:
+            raise ValueError(
+                "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
+                "with running moments needs gather_features=True."
+            )
 
     def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
@@ -227,63 +240,78 @@ class DDSSModule(LightningModule):
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
         return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
 
-    def generated_features(self, x_T: Tensor, noise: Tensor) -> Tensor:
-        """Phi of the images from this noise, shape (N, d)."""
+    def generated(self, x_T: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order."""
         x_0 = self._last_state(self.sampler, x_T, noise)
 
-        def features(part: Tensor) -> Tensor:
-            return cast(Tensor, self.features(to_pixels(self.denoiser.decode(part))))
+        def outputs(part: Tensor) -> tuple[Tensor, ...]:
+            images = to_pixels(self.denoiser.decode(part))
+            return tuple(self.features(images) if name == "features" else images for name in self._outputs)
 
         if self.features_batch_size is None:
-            return features(x_0)
-        parts = x_0.split(self.features_batch_size)
-        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in parts])
+            return outputs(x_0)
+        parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    @property
+    def _outputs(self) -> list[str]:
+        return [name for name in ("features", "images") if name in self.loss.needs]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
-        """KID of one batch of fresh samples, or a Gauss-Newton step."""
+        """The loss of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
         start = self.global_rank * self.batch_size
         key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
         x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
 
-        def part(where: slice) -> Tensor:
-            return self.generated_features(x_T[where], noise[:, where])
+        def part(where: slice) -> tuple[Tensor, ...]:
+            return self.generated(x_T[where], noise[:, where])
+
+        def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return self._loss_and_slopes(outputs, batch)
 
         if self.microbatch_size is None:
-            features = part(slice(None))
-            loss, slope = self._loss_and_slope(features.detach(), batch)
-            linear = (features * slope.to(features)).sum()
+            outputs = part(slice(None))
+            loss, slopes = loss_and_slopes([output.detach() for output in outputs])
+            weighted = zip(outputs, slopes, strict=True)
         else:
             parts = [slice(i, i + self.microbatch_size) for i in range(0, self.batch_size, self.microbatch_size)]
             parameters = list(self.sampler.parameters())
-            loss, gradients = slope_by_parts(part, parts, lambda f: self._loss_and_slope(f, batch), parameters)
-            linear = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
-        self.log("train/kid", loss, prog_bar=True)
+            loss, gradients = slope_by_parts(part, parts, loss_and_slopes, parameters)
+            weighted = zip(parameters, gradients, strict=True)
+        linear = torch.stack([(value * slope.to(value)).sum() for value, slope in weighted]).sum()
+        # A mean over own images differs between processes.
+        self.log(f"train/{self.loss.name}", loss, prog_bar=True, sync_dist=True)
+        for name, value in self.loss.terms.items():
+            self.log(f"train/{name}", value, sync_dist=True)
         # The value of the loss, with the gradient of `linear`.
         return loss + (linear - linear.detach())
 
-    def _loss_and_slope(self, features: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the global batch, and W times its derivative by this process's features, W processes.
+    def _loss_and_slopes(self, outputs: Sequence[Tensor], batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and its derivatives by `outputs` of this process: W times, where it is of all W processes.
 
         DDP takes the mean of the gradients of the processes, which with the factor W is their sum.
         """
-        real = None
-        if self.loss.real == "batch":
-            with torch.no_grad():
-                real = self.features(batch)
-        everyone = self.trainer.world_size > 1 and self.gather_features
-        if everyone:
-            features = torch.cat(list(self.all_gather(features)))
-            real = None if real is None else torch.cat(list(self.all_gather(real)))
-        with torch.enable_grad(), full_precision(features.device.type):
-            leaf = features.requires_grad_()
-            loss: Tensor = self.loss(leaf, real)
-            (slope,) = torch.autograd.grad(loss, leaf)
-        if everyone:
-            own = slice(self.global_rank * self.batch_size, (self.global_rank + 1) * self.batch_size)
-            slope = slope[own] * self.trainer.world_size
-        return loss.detach(), slope
+        references: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if "real" in self.loss.needs:
+                references["real"] = self.features(batch)
+        with torch.enable_grad(), full_precision(self.device.type):
+            leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
+            loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather))
+            slopes = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.detach(), slopes
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """See `Samples.gather`. Every process computes the same loss, so nothing is sent back for the gradient."""
+        num = self.trainer.world_size
+        if num == 1 or not self.gather_features:
+            return own
+        constant = own.detach()
+        parts = list(self.all_gather(constant))
+        parts[self.global_rank] = constant + num * (own - constant)
+        return torch.cat(parts)
 
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
@@ -380,13 +408,14 @@ class DDSSModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Take the step, then update the running average, with a shorter memory in the first steps.
+        """Take the step; then the loss remembers it, and so does the running average, in the first steps for less long.
 
         In one hook: checkpoints of `on_train_batch_end` hold both or neither.
         """
         super().optimizer_step(*args, **kwargs)
         if self.num_skipped_in_a_row:
             return
+        self.loss.advance()
         step = self.global_step + 1
         decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
         with torch.no_grad():
@@ -443,9 +472,10 @@ class DDSSModule(LightningModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which denoiser the sampler belongs to, and what sampler it is."""
+        """Note which denoiser the sampler belongs to, what sampler it is, and what the loss remembers."""
         checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
         checkpoint["sampler_config"] = self.sampler.config
+        checkpoint["loss_memory"] = self.loss.memory()
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
@@ -468,6 +498,7 @@ class DDSSModule(LightningModule):
             raise ValueError(
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
+        self.loss.restore(checkpoint.get("loss_memory", {}))
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)
 

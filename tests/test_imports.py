@@ -17,7 +17,7 @@ ALLOWED = {
     "noise": set(),
     "schedule": set(),
     "coefficients": set(),
-    "losses": set(),
+    "losses": {"frozen"},
     "features": {"frozen"},
     "metrics": {"features", "losses"},
     "denoisers": {"schedule", "frozen"},
