@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
     from ddss_lightning.scheduler import GGDMScheduler
+    from ddss_lightning.teacher import TeacherPairs
 
 __version__ = "0.1.0.dev0"
 
@@ -55,6 +56,7 @@ _ROOMS = {
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
     "scheduler": ("GGDMScheduler",),
+    "teacher": ("TeacherPairs",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -91,6 +93,7 @@ __all__ = [
     "SampleQuality",
     "SamplerPictures",
     "TeacherLoss",
+    "TeacherPairs",
     "WeightedSum",
 ]
 

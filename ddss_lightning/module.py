@@ -28,8 +28,10 @@ from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import full_precision, slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
 from ddss_lightning.remat import Remat
+from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
 FROZEN = ("denoiser.", "features.", "loss.")
+TARGETS = frozenset({"target", "target_features"})
 
 
 class DDSSModule(LightningModule):
@@ -47,6 +49,9 @@ class DDSSModule(LightningModule):
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
     with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
     schedule and clipping then play no part; `ema_decay` does, and is best 0 for a handful of steps.
+
+    Where the loss compares with a teacher, a step takes its x_T from the teacher's pairs, which are made when training
+    starts; noise that the sampler adds is drawn as ever.
 
     Validation, test and prediction generate images from held-out noise given by index; callbacks score them.
 
@@ -75,6 +80,7 @@ class DDSSModule(LightningModule):
         max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
+        teacher: whose images a `TeacherLoss` compares with.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
 
     Raises:
@@ -103,6 +109,7 @@ class DDSSModule(LightningModule):
         gather_features: bool = True,
         max_skipped_steps: int = 10,
         gauss_newton: GaussNewton | None = None,
+        teacher: TeacherPairs | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -116,15 +123,20 @@ class DDSSModule(LightningModule):
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}.")
-        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
-        if gauss_newton is not None:
-            self.save_hyperparameters({"gauss_newton": dataclasses.asdict(gauss_newton)})
-        self.gauss_newton = gauss_newton
+        settings = {"gauss_newton": gauss_newton, "teacher": teacher}
+        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", *settings])
+        self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
+        self.gauss_newton, self.teacher = gauss_newton, teacher
         self.denoiser = denoiser.freeze()
         self.features = features.freeze()
         self.sampler = sampler
         self.averaged = copy.deepcopy(sampler).requires_grad_(False)
         self.loss = KIDLoss() if loss is None else loss
+        if teacher is None and self._needs_teacher:
+            raise ValueError(
+                f"The loss needs {', '.join(sorted(TARGETS & self.loss.needs))} of a teacher: give "
+                "teacher=TeacherPairs(...), in a recipe `model.teacher`."
+            )
         self.batch_size, self.remat, self.seed = batch_size, Remat.parse(remat), seed
         self.microbatch_size, self.features_batch_size = microbatch_size, features_batch_size
         self.gather_features = gather_features
@@ -134,6 +146,10 @@ class DDSSModule(LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._skipped_step = -1
+        # x'_T - x_T of each pair, in main memory, and what they become if the step is taken.
+        self._offsets: Tensor | None = None
+        self._moved: tuple[list[int], Tensor] | None = None
+        self._targets: TeacherImages | None = None
         self._real: Tensor | None = None
         self._real_source: object = None
         # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
@@ -219,7 +235,7 @@ class DDSSModule(LightningModule):
     # ------------------------------------------------------------------------------------------------- learning
 
     def on_train_start(self) -> None:
-        """Give the loss its real features.
+        """Give the loss its real features, and make the teacher's images that are missing.
 
         Raises:
             ValueError: a loss with a memory, on several processes that each see a loss of their own.
@@ -230,6 +246,28 @@ class DDSSModule(LightningModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
+        self._targets = self._load_teacher() if self._needs_teacher else None
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
+
+    def _load_teacher(self) -> TeacherImages:
+        assert self.teacher is not None
+        self.teacher.batch(0, self.trainer.world_size * self.batch_size)
+        self.teacher.make(self.denoiser, self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
+        self.trainer.strategy.barrier("teacher")
+        shape = (self.teacher.num_pairs, *self.denoiser.state_shape)
+        if not self.teacher.relax_radius:
+            self._offsets = None
+        elif self._offsets is None:
+            self._offsets = torch.zeros(shape)
+        elif self._offsets.shape != shape:
+            raise ValueError(
+                f"The checkpoint's start noise is of {len(self._offsets)} teacher pairs, num_pairs is {shape[0]}; "
+                "resume with the recipe it was started with."
+            )
+        return self.teacher.load(self.denoiser)
 
     def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
@@ -261,25 +299,26 @@ class DDSSModule(LightningModule):
         """The loss of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
-        start = self.global_rank * self.batch_size
-        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
-        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+        x_T, noise, target = self._start()
 
         def part(where: slice) -> tuple[Tensor, ...]:
             return self.generated(x_T[where], noise[:, where])
 
         def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-            return self._loss_and_slopes(outputs, batch)
+            return self._loss_and_slopes(outputs, batch, target)
 
-        if self.microbatch_size is None:
+        if self.microbatch_size is None and not x_T.requires_grad:
             outputs = part(slice(None))
             loss, slopes = loss_and_slopes([output.detach() for output in outputs])
-            weighted = zip(outputs, slopes, strict=True)
+            weighted = list(zip(outputs, slopes, strict=True))
         else:
-            parts = [slice(i, i + self.microbatch_size) for i in range(0, self.batch_size, self.microbatch_size)]
-            parameters = list(self.sampler.parameters())
-            loss, gradients = slope_by_parts(part, parts, loss_and_slopes, parameters)
-            weighted = zip(parameters, gradients, strict=True)
+            size = self.microbatch_size or self.batch_size
+            parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
+            learned = list(self.sampler.parameters())
+            leaves = [*learned, x_T] if x_T.requires_grad else learned
+            loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
+            self._plan_start_noise(*gradients[len(learned) :])
+            weighted = list(zip(learned, gradients[: len(learned)], strict=True))
         linear = torch.stack([(value * slope.to(value)).sum() for value, slope in weighted]).sum()
         # A mean over own images differs between processes.
         self.log(f"train/{self.loss.name}", loss, prog_bar=True, sync_dist=True)
@@ -288,15 +327,58 @@ class DDSSModule(LightningModule):
         # The value of the loss, with the gradient of `linear`.
         return loss + (linear - linear.detach())
 
-    def _loss_and_slopes(self, outputs: Sequence[Tensor], batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x_T of this process's batch, noise of the steps, and the teacher's images from x_T where they are needed.
+
+        x_T requires a gradient where it is to move.
+        """
+        start = self.global_rank * self.batch_size
+        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
+        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+        if self._targets is None or self.teacher is None:
+            return x_T, noise, None
+        pairs = self._own_pairs()
+        x_T, target = self.teacher.noise(pairs, shape), self._targets[pairs]
+        if self._offsets is not None:
+            x_T = (x_T + self._offsets[pairs]).requires_grad_()
+        return x_T, noise, target.to(self.device, self._image_dtype)
+
+    def _pairs(self) -> list[int]:
+        """The teacher pairs of this step, of all processes."""
+        assert self.teacher is not None
+        return self.teacher.batch(self.global_step, self.trainer.world_size * self.batch_size)
+
+    def _own_pairs(self) -> list[int]:
+        start = self.global_rank * self.batch_size
+        return self._pairs()[start : start + self.batch_size]
+
+    def _plan_start_noise(self, gradient: Tensor | None = None) -> None:
+        """What the start noise becomes if the step is taken."""
+        if gradient is not None and self._offsets is not None and self.teacher is not None:
+            self._moved = self._pairs(), self.teacher.moved(self._offsets[self._own_pairs()], gradient)
+
+    def _move_start_noise(self) -> None:
+        if self._moved is None or self._offsets is None:
+            return
+        (pairs, moved), self._moved = self._moved, None
+        if self.trainer.world_size > 1:
+            # A pair comes to another process in another epoch.
+            moved = torch.cat(list(self.all_gather(moved))).to(self._offsets)
+        self._offsets[pairs] = moved
+
+    def _loss_and_slopes(
+        self, outputs: Sequence[Tensor], batch: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and its derivatives by `outputs` of this process: W times, where it is of all W processes.
 
         DDP takes the mean of the gradients of the processes, which with the factor W is their sum.
         """
-        references: dict[str, Tensor] = {}
+        references = {} if target is None else {"target": target}
         with torch.no_grad():
             if "real" in self.loss.needs:
                 references["real"] = self.features(batch)
+            if "target_features" in self.loss.needs:
+                references["target_features"] = self.features(target)
         with torch.enable_grad(), full_precision(self.device.type):
             leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
             loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather))
@@ -416,6 +498,7 @@ class DDSSModule(LightningModule):
         if self.num_skipped_in_a_row:
             return
         self.loss.advance()
+        self._move_start_noise()
         step = self.global_step + 1
         decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
         with torch.no_grad():
@@ -472,10 +555,12 @@ class DDSSModule(LightningModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which denoiser the sampler belongs to, what sampler it is, and what the loss remembers."""
+        """Note which denoiser the sampler belongs to, what sampler it is, and what the loss and start noise became."""
         checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
         checkpoint["sampler_config"] = self.sampler.config
         checkpoint["loss_memory"] = self.loss.memory()
+        if self._offsets is not None:
+            checkpoint["start_noise_offsets"] = self._offsets
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
@@ -499,6 +584,7 @@ class DDSSModule(LightningModule):
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
         self.loss.restore(checkpoint.get("loss_memory", {}))
+        self._offsets = checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)
 
