@@ -31,12 +31,11 @@ from ddss_lightning.images import to_pixels
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
-from ddss_lightning.solvers import STRIDES, stride_timesteps
+from ddss_lightning.solvers import STRIDES
 
 GRID_IMAGES = 64
 SPACINGS = ("linspace", "leading", "trailing")
 KARRAS = {"use_karras_sigmas": True}
-# Stands for explicit timesteps, filled in when their number is known.
 QUADRATIC = {"timesteps": "quadratic"}
 
 
@@ -164,8 +163,6 @@ def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate
     for options in SOLVERS[name]:
         arguments: dict[str, Any] = {"learn": (), "prediction_type": module.denoiser.prediction_type, **options}
         try:
-            if isinstance(options["anchor"], dict):
-                arguments["anchor"] = _with_timesteps(options["anchor"], module, nfe)
             sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
         except ValueError as error:
             reason = str(error)
@@ -174,14 +171,6 @@ def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate
     if not found:
         raise NoSuchCallsError(f"{name} does not make {nfe} network calls: {reason}")
     return found
-
-
-def _with_timesteps(anchor: dict[str, Any], module: DDSSModule, nfe: int) -> dict[str, Any]:
-    if anchor.get("set_timesteps") is not QUADRATIC:
-        return anchor
-    steps = (nfe + 1) // 2 if "Heun" in anchor["class_path"] else nfe
-    timesteps = [round(t) for t in stride_timesteps(module.denoiser.schedule, steps, "quadratic").tolist()]
-    return {**anchor, "set_timesteps": {"timesteps": timesteps}}
 
 
 def _spacing(options: dict[str, Any]) -> str:

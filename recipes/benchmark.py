@@ -136,8 +136,7 @@ def calls_per_step(module: DDSSModule) -> int:
 
 def teacher_calls(module: DDSSModule) -> int:
     """Network calls that make the teacher's images."""
-    teacher = getattr(module, "teacher", None)
-    return 0 if teacher is None else teacher.num_pairs * teacher.sampler.num_steps
+    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
 
 
 def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:

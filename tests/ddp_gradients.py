@@ -9,7 +9,18 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from ddss_lightning import ConvFeatures, DDSSModule, DiffusersDenoiser, DigitsDataModule, GGDMSampler, KIDLoss
+from ddss_lightning import (
+    ConvFeatures,
+    DDSSModule,
+    DiffusersDenoiser,
+    DigitsDataModule,
+    FrechetLoss,
+    GGDMSampler,
+    KIDLoss,
+    TeacherLoss,
+    TeacherPairs,
+    WeightedSum,
+)
 from ddss_lightning.data.digits import load_digits_tensors
 from ddss_lightning.denoisers import MixtureDenoiser
 from tests.conftest import DDPM, FEATURES
@@ -23,16 +34,29 @@ WAYS = {
     "oracle, whole real batch": ("64-true", {"real": "batch"}),
     "oracle, real batch": ("64-true", {"microbatch_size": 4, "real": "batch"}),
     "oracle, local": ("64-true", {"gather_features": False}),
+    "oracle sum": ("64-true", {}),
+    "oracle sum, parts": ("64-true", {"microbatch_size": 4, "remat": "denoiser", "features_batch_size": 3}),
+    "oracle pixels": ("64-true", {}),
+    "oracle pixels, parts": ("64-true", {"microbatch_size": 4}),
     "network": ("32-true", {}),
     "network, parts": ("32-true", {"microbatch_size": 4, "remat": "denoiser+offload", "features_batch_size": 3}),
 }
+
+
+def loss_of(way, real):
+    """Of all kinds; of pixels alone, for which no feature network is called; or the KID."""
+    if "sum" in way:
+        kinds = {"kid": KIDLoss(), "frechet": FrechetLoss(), "x": TeacherLoss("l2"), "phi": TeacherLoss("features")}
+        return WeightedSum(kinds, {"frechet": 0.5, "x": 3.0})
+    return TeacherLoss() if "pixels" in way else KIDLoss(real=real)
 
 
 def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
     """The first gradient of each degree of freedom."""
     precision, options = WAYS[way]
     options = dict(options)
-    loss = KIDLoss(real=options.pop("real", "bank"))
+    loss = loss_of(way, options.pop("real", "bank"))
+    teacher = TeacherPairs(40, 6, chunk_size=8, cache_dir=folder, relax_radius=0.5) if "oracle " in way else None
     denoiser, oracle = DiffusersDenoiser.from_pretrained(DDPM), way.startswith("oracle")
     if oracle:
         denoiser = MixtureDenoiser(load_digits_tensors()[0][:30], 0.1, denoiser.schedule)
@@ -40,7 +64,7 @@ def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
     sampler = moved_sampler(denoiser.schedule) if oracle else GGDMSampler(denoiser.schedule, 4, stride="quadratic")
     features = ConvFeatures.from_pretrained(FEATURES)
     size = global_batch // world_size
-    module = DDSSModule(denoiser, sampler, features, loss, batch_size=size, **options)
+    module = DDSSModule(denoiser, sampler, features, loss, batch_size=size, teacher=teacher, **options)
     found = {}
 
     def keep(_):
@@ -56,6 +80,8 @@ def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DigitsDataModule(batch_size=size, steps_per_epoch=1))
+    if module._offsets is not None:
+        found["start noise"] = module._offsets.tolist()
     return found
 
 
