@@ -89,7 +89,7 @@ def variants(denoiser: Denoiser, num_steps: int, given: argparse.Namespace) -> d
         leaf = images.clone().requires_grad_()
         with autocast(given):
             found = module.features(leaf)
-            _, slope = module._loss_and_slope(found.detach(), images)
+            _, (slope,) = module._loss_and_slopes([found.detach()], images)
         (found * slope.to(found)).sum().backward()
 
     return {

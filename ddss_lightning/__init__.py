@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
-    from ddss_lightning.losses import KIDLoss
+    from ddss_lightning.losses import FrechetLoss, KIDLoss, SampleLoss, TeacherLoss, WeightedSum
     from ddss_lightning.metrics import (
         FrechetDistance,
         InceptionScore,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ddss_lightning.module import DDSSModule
     from ddss_lightning.schedule import NoiseSchedule
     from ddss_lightning.scheduler import GGDMScheduler
+    from ddss_lightning.teacher import TeacherPairs
 
 __version__ = "0.1.0.dev0"
 
@@ -43,7 +44,7 @@ _ROOMS = {
     "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures", "ResidualFeatures"),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
-    "losses": ("KIDLoss",),
+    "losses": ("FrechetLoss", "KIDLoss", "SampleLoss", "TeacherLoss", "WeightedSum"),
     "metrics": (
         "FrechetDistance",
         "InceptionScore",
@@ -55,6 +56,7 @@ _ROOMS = {
     "module": ("DDSSModule",),
     "schedule": ("NoiseSchedule",),
     "scheduler": ("GGDMScheduler",),
+    "teacher": ("TeacherPairs",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -67,6 +69,7 @@ __all__ = [
     "DigitsDataModule",
     "FeatureExtractor",
     "FrechetDistance",
+    "FrechetLoss",
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",
@@ -86,8 +89,12 @@ __all__ = [
     "PrecisionRecall",
     "ReferenceStatistics",
     "ResidualFeatures",
+    "SampleLoss",
     "SampleQuality",
     "SamplerPictures",
+    "TeacherLoss",
+    "TeacherPairs",
+    "WeightedSum",
 ]
 
 

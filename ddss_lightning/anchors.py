@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
 from ddss_lightning.probing import build_scheduler, probe, scheduler_steps
 from ddss_lightning.schedule import NoiseSchedule
-from ddss_lightning.solvers import Solver, anchor_formula, ddim_noise_angles
+from ddss_lightning.solvers import Solver, anchor_formula, ddim_noise_angles, stride_timesteps
 
 
 class FormulaAnchor(nn.Module):
@@ -137,7 +137,8 @@ def import_anchor(
 
     Args:
         anchor: `coefficients` (what `Coefficients.to_lists` gives), or `class_path` of a diffusers scheduler with
-            `init_args` and, if needed, `set_timesteps` and `step`, the further arguments of these methods.
+            `init_args` and, if needed, `set_timesteps` and `step`, the further arguments of these methods. The
+            `timesteps` of `set_timesteps` can be the name of a stride, see `stride_timesteps`.
         schedule: of the model. A scheduler gets its betas.
         num_steps: K, the number of network calls.
         prediction_type: what the network predicts.
@@ -154,4 +155,23 @@ def import_anchor(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     scheduler = build_scheduler(anchor, schedule, prediction_type)
     options = {name: dict(anchor.get(name) or {}) for name in ("set_timesteps", "step")}
+    if isinstance(options["set_timesteps"].get("timesteps"), str):
+        options["set_timesteps"] = _strided(options["set_timesteps"], scheduler, schedule, num_steps)
     return probe(scheduler, scheduler_steps(scheduler, num_steps, options["set_timesteps"]), **options)
+
+
+def _strided(set_timesteps: dict[str, Any], scheduler: Any, schedule: NoiseSchedule, num_steps: int) -> dict[str, Any]:  # noqa: ANN401
+    """The arguments with timesteps, whole numbers, in place of the name of their stride: as many as make K calls.
+
+    Raises:
+        ValueError: an unknown stride, or a scheduler that takes no timesteps or cannot make K calls.
+    """
+    for steps in range(num_steps, 0, -1):
+        placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"]).round().long().tolist()
+        try:
+            scheduler_steps(scheduler, num_steps, {**set_timesteps, "timesteps": placed})
+        except ValueError as error:
+            reason = error
+            continue
+        return {**set_timesteps, "timesteps": placed}
+    raise reason

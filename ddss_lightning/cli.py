@@ -19,7 +19,7 @@ from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.losses import KIDLoss
+from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
 
@@ -45,8 +45,9 @@ def _prediction_type(denoiser: Denoiser) -> str:
 class DDSSCommandLine(LightningCLI):
     """A recipe names a `denoiser`, a `sampler`, `features`, `loss`, `model` (how to learn), `data` and `trainer`.
 
-    `denoiser`, `sampler` and `features` are `class_path` and `init_args`; the class path can be a class or a method
-    that makes one, such as `ddss_lightning.DiffusersDenoiser.from_pretrained`. The sampler gets the schedule and the
+    `denoiser`, `sampler`, `features` and `loss` are `class_path` and `init_args`; the class path can be a class or a
+    method that makes one, such as `ddss_lightning.DiffusersDenoiser.from_pretrained`. `loss` is `KIDLoss` by default,
+    and then takes `kernel` and `real` directly. The sampler gets the schedule and the
     prediction type of the denoiser. The callbacks `quality`, `pictures` and `images` are always there, and
     `interruption` unless `trainer.enable_checkpointing` is false.
     """
@@ -56,7 +57,8 @@ class DDSSCommandLine(LightningCLI):
         parser.add_subclass_arguments(Denoiser, "denoiser", required=True, help="the frozen, pretrained model")
         parser.add_subclass_arguments(GGDMSampler, "sampler", required=True, help="the sampler to learn or use")
         parser.add_subclass_arguments(FeatureExtractor, "features", required=True, help="where images are compared")
-        parser.add_class_arguments(KIDLoss, "loss")
+        parser.add_subclass_arguments(SampleLoss, "loss", required=False, help="what is minimised; default: the KID")
+        parser.set_defaults({"loss": {"class_path": "ddss_lightning.KIDLoss"}})
         parser.add_lightning_class_args(SampleQuality, "quality")
         parser.add_lightning_class_args(SamplerPictures, "pictures")
         parser.add_lightning_class_args(ImageWriter, "images")

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,21 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ddss_lightning.callbacks import SampleQuality
+from ddss_lightning.callbacks.quality import check_judge
 from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
+from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
-from ddss_lightning.solvers import STRIDES, stride_timesteps
+from ddss_lightning.solvers import STRIDES
 
 GRID_IMAGES = 64
 SPACINGS = ("linspace", "leading", "trailing")
 KARRAS = {"use_karras_sigmas": True}
-# Stands for explicit timesteps, filled in when their number is known.
 QUADRATIC = {"timesteps": "quadratic"}
 
 
@@ -88,7 +90,10 @@ class Comparison:
     Args:
         steps: numbers of network calls.
         solvers: names of `SOLVERS`; `["all"]` for all of them.
-        samplers: folders of learned samplers.
+        samplers: folders of learned samplers, each as `FOLDER` or `LABEL=FOLDER`. Samplers of one label are one curve,
+            each of another number of calls. `{seed}` in a folder stands for the seed of the noise: what was learned
+            with a seed is scored on the test noise of that seed. A folder with `=` in its name is `./FOLDER`.
+        judge: folder of a second feature network, in which the same images are scored too; it chooses nothing.
         seeds: of the noise; with the first one the spacings of solvers are chosen.
         num_images: images of the test noise per score.
         selection_images: images of the validation noise by which the spacing of a solver's calls is chosen.
@@ -101,6 +106,7 @@ class Comparison:
     steps: Sequence[int] = (5, 10, 20)
     solvers: Sequence[str] = DEFAULT_SOLVERS
     samplers: Sequence[str] = ()
+    judge: str | Path | None = None
     seeds: Sequence[int] = (0,)
     num_images: int = 10_000
     selection_images: int = 2000
@@ -124,12 +130,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sampler to be scored: a solver with one placement of its calls, or a learned one from disk."""
+    """A sampler to be scored: a solver with one placement of its calls, or a learned one from a folder."""
 
     name: str
     nfe: int
     spacing: str
     sampler: GGDMSampler
+    folder: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where its numbers come from, whatever label it has."""
+        return f"learned ({self.folder})" if self.folder else self.name
 
     def key(self) -> str:
         """Identifies its numbers."""
@@ -151,8 +163,6 @@ def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate
     for options in SOLVERS[name]:
         arguments: dict[str, Any] = {"learn": (), "prediction_type": module.denoiser.prediction_type, **options}
         try:
-            if isinstance(options["anchor"], dict):
-                arguments["anchor"] = _with_timesteps(options["anchor"], module, nfe)
             sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
         except ValueError as error:
             reason = str(error)
@@ -161,14 +171,6 @@ def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate
     if not found:
         raise NoSuchCallsError(f"{name} does not make {nfe} network calls: {reason}")
     return found
-
-
-def _with_timesteps(anchor: dict[str, Any], module: DDSSModule, nfe: int) -> dict[str, Any]:
-    if anchor.get("set_timesteps") is not QUADRATIC:
-        return anchor
-    steps = (nfe + 1) // 2 if "Heun" in anchor["class_path"] else nfe
-    timesteps = [round(t) for t in stride_timesteps(module.denoiser.schedule, steps, "quadratic").tolist()]
-    return {**anchor, "set_timesteps": {"timesteps": timesteps}}
 
 
 def _spacing(options: dict[str, Any]) -> str:
@@ -181,23 +183,67 @@ def _spacing(options: dict[str, Any]) -> str:
     return "karras" if init_args.get("use_karras_sigmas") else str(init_args.get("timestep_spacing", "its own"))
 
 
-def learned_candidates(module: DDSSModule, folders: Sequence[str]) -> list[Candidate]:
-    """Samplers from disk, checked against the model.
+def learned_candidates(module: DDSSModule, samplers: Sequence[str], seeds: Sequence[int]) -> list[dict[int, Candidate]]:
+    """Samplers from disk, checked against the model: for each of `samplers` (see `Comparison`) the one of each seed.
 
     Raises:
-        ValueError: nothing there, a sampler that was learned for another model, or one folder twice.
+        ValueError: nothing there, a sampler that was learned for another model, one folder twice, one label for two
+            samplers of as many calls, or the name of a solver as a label.
     """
-    found = []
-    for folder in folders:
-        path = sampler_folder(folder)
-        times = list(folders).count(folder)
-        if times > 1:
-            raise ValueError(f"'{folder}' is given {times} times; give every sampler once.")
-        module.load_sampler(path)
-        found.append(Candidate(f"learned ({folder})", int(read_card(path)["nfe"]), "learned", module.sampler))
+    found: list[dict[int, Candidate]] = []
+    given: dict[tuple[str, int], str] = {}
+    folders = [_label_and_folder(text)[1] for text in samplers]
+    for text in samplers:
+        label, folder = _label_and_folder(text)
+        if folders.count(folder) > 1:
+            raise ValueError(f"'{folder}' is given {folders.count(folder)} times; give every sampler once.")
+        if label in SOLVERS:
+            raise ValueError(f"The label of '{text}' is the name of a solver; give another label.")
+        by_seed = _of_seeds(module, label, folder, seeds)
+        key = label, by_seed[seeds[0]].nfe
+        if key in given:
+            raise ValueError(
+                f"'{given[key]}' and '{folder}' both make {key[1]} network calls and have the label '{label}'; give "
+                "them two labels, or for samplers of several seeds one folder with {seed} in its name."
+            )
+        given[key] = folder
+        found.append(by_seed)
     return found
 
 
+def _label_and_folder(text: str) -> tuple[str, str]:
+    match = re.fullmatch("([^=/]+)=(.+)", text)
+    return (match[1], match[2]) if match else (f"learned ({text})", text)
+
+
+def _of_seeds(module: DDSSModule, label: str, folder: str, seeds: Sequence[int]) -> dict[int, Candidate]:
+    found: dict[int, Candidate] = {}
+    for seed in seeds:
+        mine = folder.replace("{seed}", str(seed))
+        same = [candidate for candidate in found.values() if candidate.folder == mine]
+        try:
+            found[seed] = same[0] if same else _learned(module, label, mine)
+        except ValueError as error:
+            where = f"'{folder}' has no sampler for seed {seed} of --seeds: " if mine != folder else ""
+            raise ValueError(f"{where}{error}") from error
+    calls = {candidate.nfe for candidate in found.values()}
+    if len(calls) > 1:
+        raise ValueError(
+            f"The samplers of '{folder}' make {' or '.join(map(str, sorted(calls)))} network calls, depending on the "
+            "seed; give samplers of one number of calls."
+        )
+    return found
+
+
+def _learned(module: DDSSModule, label: str, folder: str) -> Candidate:
+    path = sampler_folder(folder)
+    module.load_sampler(path)
+    return Candidate(label, int(read_card(path)["nfe"]), "learned", module.sampler, folder)
+
+
+# For each seed of the noise the placements of which the best is taken: for a solver always the same, for a learned
+# sampler one, which may differ between seeds.
+Contender = dict[int, list[Candidate]]
 # Scores by name; None, and the number of images under `not_finite`, where a sampler made images that are not finite.
 Cell = dict[str, float | None]
 
@@ -211,7 +257,8 @@ class Scores:
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["protocol"] != self.protocol:
-                changed = [key for key, value in self.protocol.items() if stored["protocol"].get(key) != value]
+                keys = dict.fromkeys([*self.protocol, *stored["protocol"]])
+                changed = [key for key in keys if stored["protocol"].get(key) != self.protocol.get(key)]
                 raise ValueError(
                     f"'{path}' holds scores of another protocol (different: {', '.join(changed)}); give another "
                     "--output."
@@ -249,7 +296,7 @@ class Progressed(Callback):
     on_test_batch_end = on_validation_batch_end
 
 
-class Judge:
+class Scorer:
     """Scores candidates on held-out noise with the Trainer: on as many processes as it has.
 
     Args:
@@ -258,6 +305,7 @@ class Judge:
         trainer: its loggers and callbacks are taken off.
         scores: what is known already.
         settings: numbers of images, seeds.
+        judge: a second feature network for the same images.
         advance: is told how many network calls were made.
     """
 
@@ -268,29 +316,31 @@ class Judge:
         trainer: Trainer,
         scores: Scores,
         settings: Comparison,
+        judge: FeatureExtractor | None,
         advance: Callable[[int], None],
     ) -> None:
         self.module, self.datamodule, self.trainer, self.scores = module, datamodule, trainer, scores
         self.seeds = settings.seeds
         self.num_images = {"test": settings.num_images, "validation": settings.selection_images}
         datamodule.num_test_images, datamodule.num_val_images = settings.num_images, settings.selection_images
-        self.quality = SampleQuality(precision_recall=True)
+        self.quality = SampleQuality(precision_recall=True, judge=judge)
         trainer.callbacks = [self.quality, Progressed(advance)]  # type: ignore[attr-defined]
         trainer.loggers = []
 
     def key(self, candidate: Candidate, seed: int, split: str) -> str:
         """The name of a cell."""
         numbers = candidate.key()
-        return f"{candidate.name} | {candidate.nfe} | {numbers} | {split}/{seed} | {self.num_images[split]}"
+        return f"{candidate.origin} | {candidate.nfe} | {numbers} | {split}/{seed} | {self.num_images[split]}"
 
-    def calls(self, placements: Sequence[Candidate]) -> int:
+    def calls(self, contender: Contender) -> int:
         """Network calls, of one image each, that are still to be made for a row of the table."""
         known = self.scores.cells
+        placements = contender[self.seeds[0]]
         # A set: at few calls two spacings can be the same sampler.
         selection = {self.key(each, self.seeds[0], "validation") for each in placements} - known.keys()
         images = self.num_images["validation"] * len(selection) if len(placements) > 1 else 0
-        for seed in self.seeds:
-            scored = any(self.key(each, seed, "test") in known for each in placements)
+        for seed, candidates in contender.items():
+            scored = any(self.key(each, seed, "test") in known for each in candidates)
             images += 0 if scored else self.num_images["test"]
         return images * placements[0].nfe
 
@@ -337,53 +387,70 @@ class Judge:
         return to_pixels(images).nan_to_num(-1.0).cpu()
 
 
-def contenders(module: DDSSModule, settings: Comparison) -> list[list[Candidate]]:
-    """For each row of the table (but for seeds) the candidates of which the best is taken, by number of calls.
+def contenders(module: DDSSModule, settings: Comparison) -> list[Contender]:
+    """What is compared, by number of calls: a row of the table each.
 
     Raises:
         ValueError: a sampler of another model, or nothing to compare.
     """
-    learned = learned_candidates(module, settings.samplers)
-    if not settings.solver_names and not any(candidate.nfe in settings.steps for candidate in learned):
+    learned = [
+        {seed: [candidate] for seed, candidate in by_seed.items()}
+        for by_seed in learned_candidates(module, settings.samplers, settings.seeds)
+    ]
+    first = settings.seeds[0]
+    if not settings.solver_names and not any(contender[first][0].nfe in settings.steps for contender in learned):
         raise ValueError(
             f"Nothing to compare at {list(settings.steps)} network calls: give --solvers or other --steps."
         )
-    found = []
+    found: list[Contender] = []
     for nfe in settings.steps:
         for name in settings.solver_names:
             try:
-                found.append(solver_candidates(module, name, nfe))
+                found.append(dict.fromkeys(settings.seeds, solver_candidates(module, name, nfe)))
             except NoSuchCallsError as error:
                 rank_zero_info(f"left out: {error}")
-        found += [[candidate] for candidate in learned if candidate.nfe == nfe]
+        found += [contender for contender in learned if contender[first][0].nfe == nfe]
     if not found:
         raise ValueError(f"Nothing to compare: no solver makes {list(settings.steps)} network calls.")
     return found
 
 
+# What a row of the table holds besides scores.
+ABOUT = ("sampler", "nfe", "spacing", "folder", "seed", "not_finite")
+
+
 def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
     """One line a sampler and number of calls, mean over seeds (and standard deviation), and the protocol."""
-    metrics = [key for key in rows[0] if key not in ("sampler", "nfe", "spacing", "seed", "not_finite")]
-    lines = [f"| calls | sampler | spacing | {' | '.join(name.upper() for name in metrics)} |"]
+    metrics = [key for key in rows[0] if key not in ABOUT]
+    lines = [f"| calls | sampler | spacing | {' | '.join(name.upper().replace('_', ' ') for name in metrics)} |"]
     lines.append("|---" * (3 + len(metrics)) + "|")
+    digits = {name: _digits([row[name] for row in rows]) for name in metrics}
     for key in dict.fromkeys((row["nfe"], row["sampler"], row["spacing"]) for row in rows):
         mine = [row for row in rows if (row["nfe"], row["sampler"], row["spacing"]) == key]
         not_finite = sum(row.get("not_finite", 0) for row in mine)
         cells = [f"{not_finite} of {len(mine) * protocol['images']} images are not finite"] + [""] * len(metrics[1:])
         for column, name in enumerate([] if not_finite else metrics):
             values = torch.tensor([row[name] for row in mine], dtype=torch.float64)
-            spread = f" ± {float(values.std()):.2f}" if len(values) > 1 else ""
-            cells[column] = f"{float(values.mean()):.2f}{spread}"
+            spread = f" ± {float(values.std()):.{digits[name]}f}" if len(values) > 1 else ""
+            cells[column] = f"{float(values.mean()):.{digits[name]}f}{spread}"
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
     notes = [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
     seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in rows)))
     return "\n".join([*lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
 
 
-def protocol_of(module: DDSSModule, datamodule: ImageDataModule, settings: Comparison) -> dict[str, Any]:
+def _digits(values: Sequence[float | None]) -> int:
+    """Decimals of a column: two, or three figures of its largest value (scores of small features are small)."""
+    largest = max((abs(value) for value in values if value), default=1.0)
+    return max(2, 2 - math.floor(math.log10(largest)))
+
+
+def protocol_of(
+    module: DDSSModule, datamodule: ImageDataModule, settings: Comparison, judge: FeatureExtractor | None = None
+) -> dict[str, Any]:
     """What has to be known to repeat the figures."""
     loader: Any = datamodule.real_dataloader()
-    return {
+    protocol = {
         "images": settings.num_images,
         "noise": "test/SEED, by index: the same for every sampler, unseen in learning and in the choice of spacings",
         "spacings_chosen_on": f"{settings.selection_images} images of validation/{settings.seeds[0]}, by FID",
@@ -393,6 +460,10 @@ def protocol_of(module: DDSSModule, datamodule: ImageDataModule, settings: Compa
         "resize": module.features.protocol()["resize"],
         "pixels": "clamped to [-1, 1], rounded to 256 levels",
     }
+    if judge is None:
+        return protocol
+    about = f"{type(judge).__name__} ({judge.fingerprint()}), resize {judge.protocol()['resize']}"
+    return {**protocol, "judge": f"{about}; spacings are chosen by the FID of the features above, not by its own"}
 
 
 def _digest(datamodule: ImageDataModule) -> str:
@@ -418,7 +489,16 @@ def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
     parser.add_argument(
         "--solvers", nargs="*", default=default.solvers, help=f"of {', '.join(SOLVERS)}; or all", metavar="SOLVER"
     )
-    parser.add_argument("--samplers", nargs="*", default=default.samplers, help="folders of learned samplers")
+    parser.add_argument(
+        "--samplers",
+        nargs="*",
+        default=default.samplers,
+        help="folders of learned samplers; those of one label are one curve; {seed} stands for the seed of the noise",
+        metavar="[LABEL=]FOLDER",
+    )
+    parser.add_argument(
+        "--judge", help="folder of a second feature network, which scores the same images", metavar="FOLDER"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of the noise")
     parser.add_argument("--num_images", type=int, default=default.num_images)
     parser.add_argument(
@@ -443,10 +523,14 @@ def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, s
         settings: what is compared, and where the results go.
 
     Raises:
-        ValueError: a sampler of another model, scores of another protocol in the output folder, or nothing to compare.
+        ValueError: a judge that does not fit, a sampler of another model, scores of another protocol in the output
+            folder, or nothing to compare.
     """
+    judge = None if settings.judge is None else load_any(settings.judge)
+    if judge is not None:
+        check_judge(judge, module)
     found = contenders(module, settings)
-    protocol = protocol_of(module, datamodule, settings)
+    protocol = protocol_of(module, datamodule, settings, judge)
     scores = Scores(settings.output / "scores.json", protocol)
     rows, chosen = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -455,23 +539,23 @@ def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, s
         *columns, console=Console(stderr=True), disable=not trainer.is_global_zero, speed_estimate_period=600
     ) as progress:
         bar = progress.add_task("comparing")
-        judge = Judge(module, datamodule, trainer, scores, settings, lambda calls: progress.advance(bar, calls))
+        scorer = Scorer(module, datamodule, trainer, scores, settings, judge, lambda n: progress.advance(bar, n))
         # What is on disk already takes no time: it is not in the total.
-        left = [judge.calls(placements) for placements in found]
+        left = [scorer.calls(contender) for contender in found]
         progress.update(bar, total=sum(left))
-        for index, placements in enumerate(found):
-            candidate = judge.best(placements)
-            for seed in settings.seeds:
-                cell = judge.score(candidate, seed, "test")
-                name = {"sampler": candidate.name, "nfe": candidate.nfe, "spacing": candidate.spacing, "seed": seed}
-                rows.append({**name, **cell})
+        for index, contender in enumerate(found):
+            for seed, placements in contender.items():
+                candidate = scorer.best(placements)
+                cell = scorer.score(candidate, seed, "test")
+                about = {"sampler": candidate.name, "nfe": candidate.nfe, "spacing": candidate.spacing, "seed": seed}
+                rows.append({**about, **({"folder": candidate.folder} if candidate.folder else {}), **cell})
                 chosen.append(candidate)
                 description = f"{candidate.name}, {candidate.nfe} calls, seed {seed}: FID {_shown(cell['fid'])}"
                 progress.update(bar, description=description)
             # Shares of several processes are not equal.
             progress.update(bar, completed=sum(left[: index + 1]))
     if trainer.is_global_zero:
-        _write(rows, chosen, judge, protocol, settings)
+        _write(rows, chosen, scorer, protocol, settings)
 
 
 def _shown(fid: float | None) -> str:
@@ -481,7 +565,7 @@ def _shown(fid: float | None) -> str:
 def _write(
     rows: list[dict[str, Any]],
     candidates: list[Candidate],
-    judge: Judge,
+    scorer: Scorer,
     protocol: dict[str, Any],
     settings: Comparison,
 ) -> None:
@@ -493,17 +577,21 @@ def _write(
     with replacing(output / "table.json") as partial:
         partial.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
     figures = {"fid": curves_figure(rows)}
+    if "judge" in protocol:
+        figures["judge_fid"] = curves_figure(rows, "judge_fid", "FID of the judge")
     for nfe in settings.steps:
         seed = settings.seeds[0]
         mine = [(r, c) for r, c in zip(rows, candidates, strict=True) if (r["nfe"], r["seed"]) == (nfe, seed)]
         if mine:
-            grids = [(f"{row['sampler']}\nFID {_shown(row['fid'])}", judge.images(each, seed)) for row, each in mine]
+            grids = [(f"{row['sampler']}\nFID {_shown(row['fid'])}", scorer.images(each, seed)) for row, each in mine]
             figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
-    note = f"{protocol['images']} images, {protocol['features']}, resize {protocol['resize']}, {protocol['pixels']}"
+    features = f"{protocol['features']}, resize {protocol['resize']}"
     with SummaryWriter(str(output / "tensorboard")) as writer:
         for name, figure in figures.items():
-            figure.supxlabel(note, fontsize=6)
+            space = protocol["judge"].partition(";")[0] if name == "judge_fid" else features
+            figure.supxlabel(f"{protocol['images']} images, {space}, {protocol['pixels']}", fontsize=6)
             save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)
     print(text)
-    print(f"wrote table.md, table.json, fid.png, samples-*.png, scores.json and tensorboard/ to '{output}'")
+    curves = ", ".join(f"{name}.png" for name in figures if name.endswith("fid"))
+    print(f"wrote table.md, table.json, {curves}, samples-*.png, scores.json and tensorboard/ to '{output}'")

@@ -21,9 +21,10 @@ class GaussNewton:
 
     The numbers of a sampler act on its images with sensitivities that differ by a factor of 10^4 (eigenvalues of J^T J
     by 10^9): a first-order method must be slow along some or unstable along others. J comes from forward differences,
-    one chain for each of the P numbers, all from the same noise: without a backward pass and without stored
-    activations, P + 1 times the cost of sampling a batch. Every damping is tried on other noise than that of r, which
-    the step has been fitted to, and the step that lowers the distance the most is taken; none, if none does.
+    one chain for each of the P numbers, all from the same noise, without a backward pass and without stored
+    activations; each chain starts at the first network call that the number moves, see `Replay`. Every damping is tried
+    on other noise than that of r, which the step has been fitted to, and the step that lowers the distance the most is
+    taken; none, if none does.
 
     Args:
         residual_images: images of r, per process. They hold its sampling noise down, which a step would follow.

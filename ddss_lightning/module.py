@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,29 +22,38 @@ from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
+from ddss_lightning.losses.base import SampleLoss, Samples
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import full_precision, slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
 from ddss_lightning.remat import Remat
+from ddss_lightning.replay import Replay
+from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
 FROZEN = ("denoiser.", "features.", "loss.")
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+TARGETS = frozenset({"target", "target_features"})
 
 
 class DDSSModule(LightningModule):
-    r"""Minimise KID(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
+    r"""Minimise L(phi(x_0(theta)), phi(real)) over the numbers theta of a sampler (DDSS, Watson et al. 2022).
+
+    L is the KID, as in the paper, or any other `SampleLoss`, such as a weighted sum of several.
 
     One training step: draw noise from (seed, global step, index in the global batch), unroll the sampler with the
     frozen denoiser, clamp and round straight through, take the features of the frozen network phi, compare with real
-    ones, and backpropagate through the whole chain. The slope of the loss with respect to the features is computed
-    apart, in full precision: under DDP, of the features of all processes, so that the loss is the KID of the global
-    batch; and with `microbatch_size` it then goes through the chain part by part, which is the same gradient on the
-    memory of a part, for one more pass without gradient.
+    ones, and backpropagate through the whole chain. The slope of the loss with respect to the features (and images,
+    where the loss sees them) is computed apart, in full precision: under DDP, of the features of all processes, so that
+    the loss is the KID of the global batch; and with `microbatch_size` it then goes through the chain part by part,
+    which is the same gradient on the memory of a part, for one more pass without gradient.
 
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
     with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
     schedule and clipping then play no part; `ema_decay` does, and is best 0 for a handful of steps.
+
+    Where the loss compares with a teacher, a step takes its x_T from the teacher's pairs, which are made when training
+    starts; noise that the sampler adds is drawn as ever.
 
     Validation, test and prediction generate images from held-out noise given by index; callbacks score them.
 
@@ -53,7 +63,7 @@ class DDSSModule(LightningModule):
         denoiser: the pretrained model.
         sampler: what is learned; made with `denoiser.schedule`.
         features: phi.
-        loss: `KIDLoss`.
+        loss: what is minimised; None: `KIDLoss()`.
         batch_size: images generated per step and process, at least 2.
         lr: learning rate of the corrections (`mu`, `nu`, `std`, `pred`).
         time_lr: learning rate of `time` and `logsnr`.
@@ -67,11 +77,12 @@ class DDSSModule(LightningModule):
         microbatch_size: images that go through chain and feature network at once; None: all of `batch_size`.
         features_batch_size: images that go through the feature network (of a latent model: through its decoder too) at
             once, computed again in the backward pass; None: all at once, and kept.
-        gather_features: under DDP, the KID of the global batch; False: the mean over processes of the KID of each one's
-            own, whose gradient is noisier.
+        gather_features: under DDP, the loss of the global batch; False: the mean over processes of the loss of each
+            one's own, whose gradient is noisier for a KID.
         max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
+        teacher: whose images a `TeacherLoss` compares with.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
 
     The Trainer's precision is 32-true, bf16-mixed or 64-true; others are refused. The sampler is float64 in all.
@@ -87,7 +98,7 @@ class DDSSModule(LightningModule):
         denoiser: Denoiser,
         sampler: GGDMSampler,
         features: FeatureExtractor,
-        loss: KIDLoss | None = None,
+        loss: SampleLoss | None = None,
         batch_size: int = 256,
         lr: float = 3e-3,
         time_lr: float = 1e-2,
@@ -102,6 +113,7 @@ class DDSSModule(LightningModule):
         gather_features: bool = True,
         max_skipped_steps: int = 10,
         gauss_newton: GaussNewton | None = None,
+        teacher: TeacherPairs | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -115,15 +127,20 @@ class DDSSModule(LightningModule):
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}.")
-        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", "gauss_newton"])
-        if gauss_newton is not None:
-            self.save_hyperparameters({"gauss_newton": dataclasses.asdict(gauss_newton)})
-        self.gauss_newton = gauss_newton
+        settings = {"gauss_newton": gauss_newton, "teacher": teacher}
+        self.save_hyperparameters(ignore=["denoiser", "sampler", "features", "loss", *settings])
+        self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
+        self.gauss_newton, self.teacher = gauss_newton, teacher
         self.denoiser = denoiser.freeze()
         self.features = features.freeze()
         self.sampler = sampler
         self.averaged = copy.deepcopy(sampler).requires_grad_(False)
         self.loss = KIDLoss() if loss is None else loss
+        if teacher is None and self._needs_teacher:
+            raise ValueError(
+                f"The loss needs {', '.join(sorted(TARGETS & self.loss.needs))} of a teacher: give "
+                "teacher=TeacherPairs(...), in a recipe `model.teacher`."
+            )
         self.batch_size, self.remat, self.seed = batch_size, Remat.parse(remat), seed
         self.microbatch_size, self.features_batch_size = microbatch_size, features_batch_size
         self.gather_features = gather_features
@@ -133,6 +150,10 @@ class DDSSModule(LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._skipped_step = -1
+        # x'_T - x_T of each pair, in main memory, and what they become if the step is taken.
+        self._offsets: Tensor | None = None
+        self._moved: tuple[list[int], Tensor] | None = None
+        self._targets: TeacherImages | None = None
         self._real: Tensor | None = None
         self._real_source: object = None
         # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
@@ -196,23 +217,32 @@ class DDSSModule(LightningModule):
             ValueError: no data module, fewer than two images, images of another shape than the model's, NaN, or values
                 outside [-1, 1].
         """
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        datamodule = getattr(self.trainer, "datamodule", None)
         if self._real is None or self._real_source is not datamodule:
-            if not hasattr(datamodule, "real_dataloader"):
-                raise ValueError(
-                    "DDSSModule compares with real images: give the Trainer a data module that has "
-                    "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
-                )
-            parts = []
-            with torch.no_grad():
-                for images in datamodule.real_dataloader():
-                    self._check_images(images)
-                    parts.append(self.features(images.to(device=self.device, dtype=self._image_dtype)))
-            real = torch.cat(parts)
-            if len(real) < 2:
-                raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
-            self._real, self._real_source = real, datamodule
+            self._real, self._real_source = self.encode_real(self.features), datamodule
         return self._real
+
+    @torch.no_grad()
+    def encode_real(self, features: FeatureExtractor) -> Tensor:
+        """The output of any feature network for all real images of the data module, shape (m, d).
+
+        Raises:
+            ValueError: as `real_features`.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "real_dataloader"):
+            raise ValueError(
+                "DDSSModule compares with real images: give the Trainer a data module that has "
+                "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
+            )
+        parts = []
+        for images in datamodule.real_dataloader():
+            self._check_images(images)
+            parts.append(features(images.to(device=self.device, dtype=self._image_dtype)))
+        real = torch.cat(parts)
+        if len(real) < 2:
+            raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
+        return real
 
     @property
     def _image_dtype(self) -> torch.dtype:
@@ -230,8 +260,39 @@ class DDSSModule(LightningModule):
     # ------------------------------------------------------------------------------------------------- learning
 
     def on_train_start(self) -> None:
-        """Give the loss its real features."""
+        """Give the loss its real features, and make the teacher's images that are missing.
+
+        Raises:
+            ValueError: a loss with a memory, on several processes that each see a loss of their own.
+        """
         self.loss.fit_real(self.real_features())
+        if self.trainer.world_size > 1 and not self.gather_features and self.loss.has_memory:
+            raise ValueError(
+                "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
+                "with running moments needs gather_features=True."
+            )
+        self._targets = self._load_teacher() if self._needs_teacher else None
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
+
+    def _load_teacher(self) -> TeacherImages:
+        assert self.teacher is not None
+        self.teacher.batch(0, self.trainer.world_size * self.batch_size)
+        self.teacher.make(self.denoiser, self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
+        self.trainer.strategy.barrier("teacher")
+        shape = (self.teacher.num_pairs, *self.denoiser.state_shape)
+        if not self.teacher.relax_radius:
+            self._offsets = None
+        elif self._offsets is None:
+            self._offsets = torch.zeros(shape)
+        elif self._offsets.shape != shape:
+            raise ValueError(
+                f"The checkpoint's start noise is of {len(self._offsets)} teacher pairs, num_pairs is {shape[0]}; "
+                "resume with the recipe it was started with."
+            )
+        return self.teacher.load(self.denoiser)
 
     def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
@@ -242,87 +303,161 @@ class DDSSModule(LightningModule):
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
         return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
 
-    def generated_features(self, x_T: Tensor, noise: Tensor) -> Tensor:
-        """Phi of the images from this noise, shape (N, d)."""
+    def generated(self, x_T: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order."""
         x_0 = self._last_state(self.sampler, x_T, noise)
 
-        def features(part: Tensor) -> Tensor:
-            return cast(Tensor, self.features(to_pixels(self.denoiser.decode(part))))
+        def outputs(part: Tensor) -> tuple[Tensor, ...]:
+            images = to_pixels(self.denoiser.decode(part))
+            return tuple(self.features(images) if name == "features" else images for name in self._outputs)
 
         if self.features_batch_size is None:
-            return features(x_0)
-        parts = x_0.split(self.features_batch_size)
-        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in parts])
+            return outputs(x_0)
+        parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    @property
+    def _outputs(self) -> list[str]:
+        return [name for name in ("features", "images") if name in self.loss.needs]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
-        """KID of one batch of fresh samples, or a Gauss-Newton step."""
+        """The loss of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
-        start = self.global_rank * self.batch_size
-        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
-        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+        x_T, noise, target = self._start()
 
-        def part(where: slice) -> Tensor:
-            return self.generated_features(x_T[where], noise[:, where])
+        def part(where: slice) -> tuple[Tensor, ...]:
+            return self.generated(x_T[where], noise[:, where])
 
-        if self.microbatch_size is None:
-            features = part(slice(None))
-            loss, slope = self._loss_and_slope(features.detach(), batch)
-            linear = (features * slope.to(features)).sum()
+        def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return self._loss_and_slopes(outputs, batch, target)
+
+        if self.microbatch_size is None and not x_T.requires_grad:
+            outputs = part(slice(None))
+            loss, slopes = loss_and_slopes([output.detach() for output in outputs])
+            weighted = list(zip(outputs, slopes, strict=True))
         else:
-            parts = [slice(i, i + self.microbatch_size) for i in range(0, self.batch_size, self.microbatch_size)]
-            parameters = list(self.sampler.parameters())
-            loss, gradients = slope_by_parts(part, parts, lambda f: self._loss_and_slope(f, batch), parameters)
-            linear = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
-        self.log("train/kid", loss, prog_bar=True)
+            size = self.microbatch_size or self.batch_size
+            parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
+            learned = list(self.sampler.parameters())
+            leaves = [*learned, x_T] if x_T.requires_grad else learned
+            loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
+            self._plan_start_noise(*gradients[len(learned) :])
+            weighted = list(zip(learned, gradients[: len(learned)], strict=True))
+        linear = torch.stack([(value * slope.to(value)).sum() for value, slope in weighted]).sum()
+        # A mean over own images differs between processes.
+        self.log(f"train/{self.loss.name}", loss, prog_bar=True, sync_dist=True)
+        for name, value in self.loss.terms.items():
+            self.log(f"train/{name}", value, sync_dist=True)
         # The value of the loss, with the gradient of `linear`.
         return loss + (linear - linear.detach())
 
-    def _loss_and_slope(self, features: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the global batch, and W times its derivative by this process's features, W processes.
+    def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x_T of this process's batch, noise of the steps, and the teacher's images from x_T where they are needed.
+
+        x_T requires a gradient where it is to move.
+        """
+        start = self.global_rank * self.batch_size
+        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
+        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+        if self._targets is None or self.teacher is None:
+            return x_T, noise, None
+        pairs = self._own_pairs()
+        x_T, target = self.teacher.noise(pairs, shape), self._targets[pairs]
+        if self._offsets is not None:
+            x_T = (x_T + self._offsets[pairs]).requires_grad_()
+        return x_T, noise, target.to(self.device, self._image_dtype)
+
+    def _pairs(self) -> list[int]:
+        """The teacher pairs of this step, of all processes."""
+        assert self.teacher is not None
+        return self.teacher.batch(self.global_step, self.trainer.world_size * self.batch_size)
+
+    def _own_pairs(self) -> list[int]:
+        start = self.global_rank * self.batch_size
+        return self._pairs()[start : start + self.batch_size]
+
+    def _plan_start_noise(self, gradient: Tensor | None = None) -> None:
+        """What the start noise becomes if the step is taken."""
+        if gradient is not None and self._offsets is not None and self.teacher is not None:
+            self._moved = self._pairs(), self.teacher.moved(self._offsets[self._own_pairs()], gradient)
+
+    def _move_start_noise(self) -> None:
+        if self._moved is None or self._offsets is None:
+            return
+        (pairs, moved), self._moved = self._moved, None
+        if self.trainer.world_size > 1:
+            # A pair comes to another process in another epoch.
+            moved = torch.cat(list(self.all_gather(moved))).to(self._offsets)
+        self._offsets[pairs] = moved
+
+    def _loss_and_slopes(
+        self, outputs: Sequence[Tensor], batch: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and its derivatives by `outputs` of this process: W times, where it is of all W processes.
 
         DDP takes the mean of the gradients of the processes, which with the factor W is their sum.
         """
-        real = None
-        if self.loss.real == "batch":
-            with torch.no_grad():
-                real = self.features(batch)
-        everyone = self.trainer.world_size > 1 and self.gather_features
-        if everyone:
-            features = torch.cat(list(self.all_gather(features)))
-            real = None if real is None else torch.cat(list(self.all_gather(real)))
-        with torch.enable_grad(), full_precision(features.device.type):
-            leaf = features.requires_grad_()
-            loss: Tensor = self.loss(leaf, real)
-            (slope,) = torch.autograd.grad(loss, leaf)
-        if everyone:
-            own = slice(self.global_rank * self.batch_size, (self.global_rank + 1) * self.batch_size)
-            slope = slope[own] * self.trainer.world_size
-        return loss.detach(), slope
+        references = {} if target is None else {"target": target}
+        with torch.no_grad():
+            if "real" in self.loss.needs:
+                references["real"] = self.features(batch)
+            if "target_features" in self.loss.needs:
+                references["target_features"] = self.features(target)
+        with torch.enable_grad(), full_precision(self.device.type):
+            leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
+            loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather))
+            slopes = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.detach(), slopes
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """See `Samples.gather`. Every process computes the same loss, so nothing is sent back for the gradient."""
+        num = self.trainer.world_size
+        if num == 1 or not self.gather_features:
+            return own
+        constant = own.detach()
+        parts = list(self.all_gather(constant))
+        parts[self.global_rank] = constant + num * (own - constant)
+        return torch.cat(parts)
 
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
 
-        def moments(purpose: str, num_images: int, rounded: bool) -> Tensor:
-            """Of samples from noise of this step, the mean over processes; differences see images that are smooth."""
+        def draws(purpose: str, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+            """Noise of this step, in batches."""
             generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
-            parts, sizes = [], [len(part) for part in torch.arange(num_images).split(self.batch_size)]
-            for size in sizes:
-                x_T, noise = draw_noise((size, *self.denoiser.state_shape), self.sampler.num_steps, generator)
-                # Differences of a thousandth drown in the rounding of bfloat16.
+            for part in torch.arange(num_images).split(self.batch_size):
+                yield draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
+
+        def everyone(moments: Tensor) -> Tensor:
+            """The mean over processes."""
+            return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
+
+        def moments(purpose: str, num_images: int) -> Tensor:
+            """Of samples as they are scored."""
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for x_T, noise in draws(purpose, num_images):
                 with torch.autocast(self.device.type, enabled=False):
-                    images = self.denoiser.decode(self._last_state(self.sampler, x_T, noise))
-                    features = self.features(to_pixels(images) if rounded else images.clamp(-1, 1))
-                parts.append(distance.moments(features) * size)
-            mean = torch.stack(parts).sum(0) / num_images
-            return torch.stack(list(self.all_gather(mean))).mean(0) if self.trainer.world_size > 1 else mean
+                    total = total + distance.moments(self.features(self.generate(x_T, noise, self.sampler))) * len(x_T)
+            return everyone(total / num_images)
+
+        # Differences of a thousandth drown in the rounding of bfloat16 and of pixels.
+        with torch.autocast(self.device.type, enabled=False):
+            ((x_T, noise),) = draws("differences", self.batch_size)
+            x_T = x_T.to(device=self.device, dtype=self._image_dtype)
+            replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
+
+        def smooth_moments() -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                images = self.denoiser.decode(replay(self.sampler.coefficients()))
+                return everyone(distance.moments(self.features(images.clamp(-1, 1))))
 
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.corrections.items()},
             distance,
-            lambda: moments("differences", self.batch_size, rounded=False),
-            lambda: moments("residual", method.residual_images, rounded=True),
-            lambda: moments("trial", method.trial_images, rounded=True),
+            smooth_moments,
+            lambda: moments("residual", method.residual_images),
+            lambda: moments("trial", method.trial_images),
             self._report_differences,
         )
         if not math.isfinite(found["distance"]):
@@ -395,13 +530,15 @@ class DDSSModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Take the step, then update the running average, with a shorter memory in the first steps.
+        """Take the step; then the loss remembers it, and so does the running average, in the first steps for less long.
 
         In one hook: checkpoints of `on_train_batch_end` hold both or neither.
         """
         super().optimizer_step(*args, **kwargs)
         if self.num_skipped_in_a_row:
             return
+        self.loss.advance()
+        self._move_start_noise()
         step = self.global_step + 1
         decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
         with torch.no_grad():
@@ -458,9 +595,12 @@ class DDSSModule(LightningModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which denoiser the sampler belongs to, and what sampler it is."""
+        """Note which denoiser the sampler belongs to, what sampler it is, and what the loss and start noise became."""
         checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
         checkpoint["sampler_config"] = self.sampler.config
+        checkpoint["loss_memory"] = self.loss.memory()
+        if self._offsets is not None:
+            checkpoint["start_noise_offsets"] = self._offsets
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
@@ -483,6 +623,8 @@ class DDSSModule(LightningModule):
             raise ValueError(
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
+        self.loss.restore(checkpoint.get("loss_memory", {}))
+        self._offsets = checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)
 

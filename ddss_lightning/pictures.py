@@ -16,6 +16,7 @@ from ddss_lightning.files import replacing
 from ddss_lightning.images import to_uint8
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -97,36 +98,76 @@ def times_figure(steps: Sequence[int], logsnrs: Sequence[Sequence[float]], times
     return figure
 
 
-def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """FID against the number of network calls, one line a sampler; the band spans the seeds.
+def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: str = "FID") -> Figure:
+    """A score, on a logarithmic axis, against the number of network calls, one line a sampler: the mean over seeds.
+
+    The band goes from the lowest to the highest seed. Learned samplers are bold, solvers pale.
 
     Args:
-        rows: each with `sampler`, `nfe`, `seed` and `fid`, None for no point. Learned samplers, named `learned (...)`,
-            are one line if there is one for each number of calls.
+        rows: each with `sampler`, `nfe`, `spacing` (`learned`, or that of a solver), `seed` and the score, None for no
+            point. Learned samplers without a label, named `learned (...)`, are one line if there is one for each number
+            of calls.
+        score: its name in the rows.
+        title: of its axis.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["fid"] is not None]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    rows = [row for row in rows if row[score] is not None]
+    names = _names_of_lines(rows)
+    bold = {name for row, name in zip(rows, names, strict=True) if row["spacing"] == "learned"}
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    learned_rows = {(row["nfe"], row["sampler"]) for row in rows if row["sampler"].startswith("learned")}
-    one_line = len({nfe for nfe, _ in learned_rows}) == len(learned_rows)
-    names = ["learned" if one_line and row["sampler"].startswith("learned") else row["sampler"] for row in rows]
+    counts = {True: 0, False: 0}
     for name in dict.fromkeys(names):
-        mine = [row for row, mine in zip(rows, names, strict=True) if mine == name]
+        mine = [row for row, other in zip(rows, names, strict=True) if other == name]
         nfes = sorted({row["nfe"] for row in mine})
-        values = [[row["fid"] for row in mine if row["nfe"] == nfe] for nfe in nfes]
-        learned = name.startswith("learned")
-        (line,) = axes.plot(nfes, [np.mean(v) for v in values], "o-", label=name, linewidth=2.5 if learned else 1.2)
-        axes.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted({row["nfe"] for row in rows}))
-    axes.set_xlabel("network calls")
-    axes.set_ylabel("FID")
-    axes.grid(alpha=0.3, which="both")
+        values = [[row[score] for row in mine if row["nfe"] == nfe] for nfe in nfes]
+        low, mean, high = ([f(v) for v in values] for f in (min, np.mean, max))
+        style = _style(counts[name in bold], name in bold)
+        counts[name in bold] += 1
+        axes.plot(nfes, mean, label=name, **style)
+        axes.fill_between(nfes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        # A band has no width at a single number of calls.
+        axes.vlines(nfes, low, high, color=style["color"], linewidth=1)
+    _label_curves(axes, sorted({row["nfe"] for row in rows}), title)
+    num_seeds = len({row["seed"] for row in rows})
+    if num_seeds > 1:
+        axes.set_title(f"mean, lowest and highest of {num_seeds} seeds", fontsize=8)
     if rows:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
+
+
+def _names_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each row the name of its line."""
+    unlabelled = {(row["nfe"], row["sampler"]) for row in rows if row["sampler"].startswith("learned (")}
+    one_line = len({nfe for nfe, _ in unlabelled}) == len(unlabelled)
+    return ["learned" if one_line and row["sampler"].startswith("learned (") else row["sampler"] for row in rows]
+
+
+def _style(index: int, bold: bool) -> dict[str, Any]:
+    """How line number `index` of its kind is drawn: ten colours, which come again with other markers."""
+    from matplotlib import colormaps
+
+    # Red first among the bold: the first learned sampler is what one looks for.
+    colour = colormaps["tab10"]((index + 3 * bold) % 10)[:3]
+    if bold:
+        return {"color": colour, "marker": "o", "linewidth": 3.0, "markersize": 7, "zorder": 3}
+    pale = tuple(0.45 * part + 0.45 for part in colour)
+    return {"color": pale, "marker": "sv^DxP*"[index % 7], "linewidth": 1.2, "markersize": 4, "zorder": 2}
+
+
+def _label_curves(axes: Axes, nfes: Sequence[int], title: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(nfes)
+    axes.set_xlabel("network calls")
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
 
 
 def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure:

@@ -121,7 +121,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, update: Tensor, weights: Tensor, *states: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(weights, *states)
-        return _multiply_add(update, weights, torch.stack(states).flatten(1))
+        return multiply_add(update, weights, torch.stack(states).flatten(1))
 
     @staticmethod
     @once_differentiable
@@ -132,7 +132,7 @@ class _Combine(torch.autograd.Function):
         return gradient, slopes, *(w * gradient if need else None for w, need in zip(weights, needed[1:], strict=True))
 
 
-def _multiply_add(update: Tensor, weights: Tensor, states: Tensor) -> Tensor:
+def multiply_add(update: Tensor, weights: Tensor, states: Tensor) -> Tensor:
     """update, shape (N, C, H, W), + weights^T states, shapes (k,), (k, N C H W), in full precision."""
     with torch.autocast(update.device.type, enabled=False):
         return torch.addmv(update.flatten(), states.T, weights).view(update.shape)
@@ -148,7 +148,7 @@ def _fused(network: Network, coefficients: Coefficients, x_T: Tensor, noise: Ten
     for k in range(num_steps):
         states[k] = x.flatten()
         update = output_weights[k] * network(x, timesteps[k].expand(num)).to(x_T.dtype)
-        x = _multiply_add(update, state_weights[k, : k + 1], states[: k + 1])
+        x = multiply_add(update, state_weights[k, : k + 1], states[: k + 1])
         if noise is not None and k < num_steps - 1:
             x = torch.addcmul(x, std[k], noise[k].to(x_T))
     return x

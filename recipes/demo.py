@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 
-from ddss_lightning.callbacks.quality import quality_metrics, update_quality
+from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.cli import command_line
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.files import replacing
@@ -66,14 +66,14 @@ def score(
     module: DDSSModule, sampler: GGDMSampler, real: Tensor, num_images: int, seed: int
 ) -> tuple[dict[str, float], Tensor]:
     """FID, KID, IS of `num_images` samples from the test noise of `seed`, and the first 64 images."""
-    metrics = quality_metrics(module.features, real)
+    space = FeatureSpace(module.features, real)
     first: list[Tensor] = []
     for indices in torch.arange(num_images).split(BATCH_SIZE):
         x_T, noise = held_out_noise(f"test/{seed}", indices.tolist(), module.denoiser.state_shape, sampler.num_steps)
         images = to_pixels(sampler(module.denoiser, x_T, noise=noise))
-        update_quality(metrics, module.features, images, indices)
+        space.update(images, indices)
         first = first or [images[:64]]
-    return {name: float(value) for name, value in metrics.compute().items()}, first[0]
+    return space.compute(), first[0]
 
 
 def sampling_floor(real: Tensor, num_images: int, draws: int = 20) -> float:

@@ -235,3 +235,21 @@ def test_the_sampler_keeps_its_own_copy_of_the_anchor(schedule):
     anchor["init_args"]["solver_order"] = 1
     assert sampler.config["anchor"]["init_args"] == {"solver_order": 3}
     assert '{"init_args": {"solver_order": 3}} (imported)' in str(sampler)
+
+
+def test_timesteps_by_the_name_of_a_stride(schedule):
+    """As many as make the calls: five for a multistep solver, three for Heun's method."""
+
+    def made(class_name, timesteps, **init_args):
+        anchor = {"class_path": f"diffusers.{class_name}", "init_args": init_args}
+        return GGDMSampler(schedule, 5, anchor={**anchor, "set_timesteps": {"timesteps": timesteps}}, learn=())
+
+    for class_name, by_hand in (
+        ("DPMSolverMultistepScheduler", [999, 639, 360, 160, 40]),
+        ("HeunDiscreteScheduler", [999, 444, 111]),
+    ):
+        named, given = made(class_name, "quadratic"), made(class_name, by_hand)
+        for ours, theirs in zip(vars(named.coefficients()).values(), vars(given.coefficients()).values(), strict=True):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="Unknown stride 'cubic'"):
+        made("DPMSolverMultistepScheduler", "cubic")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddss_lightning.callbacks.quality import quality_metrics, update_quality
+from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.data.digits import load_digits_tensors
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
@@ -26,9 +26,9 @@ def test_shipped_sampler_belongs_to_the_shipped_model_and_beats_its_anchor(denoi
         # that other sets of a few thousand noises can turn the order round.
         x_T, noise = held_out_noise("test/0", list(range(3000)), (1, 8, 8), num_steps)
         for name, sampler in (("learned", learned), ("anchor", anchor)):
-            metrics = quality_metrics(features, real)
+            space = FeatureSpace(features, real)
             batches = zip(x_T.split(500), noise.split(500, dim=1), torch.arange(3000).split(500), strict=True)
             for x, z, indices in batches:
-                update_quality(metrics, features, to_pixels(sampler(denoiser, x, noise=z)), indices)
-            fid[name] = float(metrics.compute()["fid"])
+                space.update(to_pixels(sampler(denoiser, x, noise=z)), indices)
+            fid[name] = space.compute()["fid"]
     assert fid["learned"] < fid["anchor"]

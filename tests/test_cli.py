@@ -94,7 +94,7 @@ def error_of(capsys, arguments):
         (["--sampler.anchor=heun"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got heun"),
         (["--sampler.learn=[mu,sigma]"], "got sigma"),
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
-        (["--loss.kernel=rbf"], "loss.kernel: expected one of ['cubic', 'linear'], got rbf"),
+        (["--loss.kernel=rbf"], "kernel: expected one of ['cubic', 'linear'], got rbf"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
         (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "not both"),
         (["--pretrained_sampler=no/such/sampler"], "No sampler in 'no/such/sampler'"),

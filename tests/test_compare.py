@@ -13,11 +13,17 @@ import pytest
 import torch
 
 from ddss_lightning.cli import command_line, main
-from ddss_lightning.compare import SOLVERS, Comparison, compare, markdown
+from ddss_lightning.compare import SOLVERS, Comparison, compare, learned_candidates, markdown
+from ddss_lightning.data import DigitsDataModule
+from ddss_lightning.denoisers import DiffusersDenoiser
+from ddss_lightning.features import ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
+from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
-from tests.conftest import ROOT
+from ddss_lightning.pictures import curves_figure
+from tests.conftest import FEATURES, ROOT
 
 RECIPE = str(ROOT / "recipes" / "digits_5.yaml")
 SAMPLER = str(ROOT / "checkpoints" / "digits-ggdm-5")
@@ -31,24 +37,55 @@ def command(output, *flags):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Three samplers at two numbers of calls, two seeds, in one process."""
+def judge(tmp_path_factory):
+    """The folder of a second feature network, with random weights."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    ResidualFeatures(1, 8, 8).save_pretrained(folder)
+    return str(folder)
+
+
+CALLS = []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, judge):
+    """Three samplers at two numbers of calls, two seeds and a judge, in one process; `CALLS` has the network calls."""
     folder = tmp_path_factory.mktemp("compare") / "out"
-    here = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        flags = ["--steps", "2", "5", "--solvers", "DDIM", "Heun", "--samplers", SAMPLER, "--seeds", "3", "4"]
+    flags = ["--steps", "2", "5", "--solvers", "DDIM", "Heun", "--samplers", SAMPLER, "--seeds", "3", "4"]
+    flags += ["--judge", judge]
+    original = DiffusersDenoiser.forward
+
+    def counted(self, x, *arguments):
+        CALLS.append(len(x))
+        return original(self, x, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(DiffusersDenoiser, "forward", counted)
         main(command(folder, *flags))
-    finally:
-        os.chdir(here)
     return folder, flags
+
+
+def rows_of(folder):
+    return json.loads((folder / "table.json").read_text())["rows"]
+
+
+def fid_of(sampler, seed, denoiser, features):
+    """Of the 60 images of the test noise of `seed`."""
+    x_T, noise = held_out_noise(f"test/{seed}", list(range(60)), (1, 8, 8), sampler.num_steps)
+    with torch.no_grad():
+        metric = FrechetDistance(features(torch.cat(list(DigitsDataModule().real_dataloader()))))
+        metric.update(features(to_pixels(sampler(denoiser, x_T, noise=noise))))
+    return float(metric.compute())
 
 
 def test_what_it_writes(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "scores.json", "table.md", "table.json", "fid.png", "samples-2.png", "samples-5.png", "tensorboard"
+        "scores.json", "table.md", "table.json", "fid.png", "judge_fid.png", "samples-2.png", "samples-5.png",
+        "tensorboard",
     }  # fmt: skip
     table = json.loads((folder / "table.json").read_text())
     rows = {(row["sampler"], row["nfe"], row["seed"]) for row in table["rows"]}
@@ -57,22 +94,48 @@ def test_what_it_writes(finished):
     assert rows == {(*each, seed) for each in expected for seed in (3, 4)}
     assert table["protocol"]["images"] == 60
     assert "ConvFeatures (" in table["protocol"]["features"]
+    network = ResidualFeatures.from_pretrained(finished[1][-1])
+    said = table["protocol"]["judge"]
+    assert said.startswith(
+        f"ResidualFeatures ({network.fingerprint()}), resize none; spacings are chosen by the FID of"
+    )
     text = (folder / "table.md").read_text()
+    assert "| FID | IS | KID |" in text
+    assert "| JUDGE FID | JUDGE KID | JUDGE PRECISION |" in text
     assert f"| 5 | learned ({SAMPLER}) | learned |" in text
     assert "- pixels: clamped to [-1, 1], rounded to 256 levels" in text
 
 
-def test_scores_are_the_metric_on_the_test_noise(finished, denoiser, features):
-    from ddss_lightning.data import DigitsDataModule
-    from ddss_lightning.images import to_pixels
+def test_scores_are_the_metric_on_the_test_noise(finished, denoiser, features, judge):
+    (row,) = [row for row in rows_of(finished[0]) if row["sampler"].startswith("learned") and row["seed"] == 4]
+    sampler = GGDMSampler.from_pretrained(SAMPLER)
+    assert row["fid"] == pytest.approx(fid_of(sampler, 4, denoiser, features), rel=1e-5)
+    second = ResidualFeatures.from_pretrained(judge)
+    assert row["judge_fid"] == pytest.approx(fid_of(sampler, 4, denoiser, second), rel=1e-5)
 
-    rows = json.loads((finished[0] / "table.json").read_text())["rows"]
-    (row,) = [row for row in rows if row["sampler"].startswith("learned") and row["seed"] == 4]
-    x_T, noise = held_out_noise("test/4", list(range(60)), (1, 8, 8), 5)
-    with torch.no_grad():
-        metric = FrechetDistance(features(torch.cat(list(DigitsDataModule().real_dataloader()))))
-        metric.update(features(to_pixels(GGDMSampler.from_pretrained(SAMPLER)(denoiser, x_T, noise=noise))))
-    assert row["fid"] == pytest.approx(float(metric.compute()), rel=1e-5)
+
+def test_a_judge_scores_as_it_would_as_features_and_nothing_is_generated_for_it(finished, tmp_path, judge):
+    flags = ["--steps", "5", "--solvers", "--samplers", SAMPLER, "--seeds", "3", "4", "--judge", FEATURES]
+    flags += ["--features.class_path=ddss_lightning.ResidualFeatures.from_pretrained"]
+    main(command(tmp_path / "out", *flags, f"--features.init_args.pretrained_path={judge}"))
+    swapped = {row["seed"]: row for row in rows_of(tmp_path / "out")}
+    for row in rows_of(finished[0]):
+        if row["sampler"].startswith("learned"):
+            other = swapped[row["seed"]]
+            names = [name for name in other if name.startswith("judge_")]
+            assert {"judge_fid", "judge_kid", "judge_is", "judge_precision", "judge_coverage"} <= set(names)
+            for name in names:
+                plain = name.removeprefix("judge_")
+                assert row[plain] == pytest.approx(other[name], rel=1e-6)
+                # Only one of the two networks has classes.
+                assert (plain == "is") != (name in row)
+                if name in row:
+                    assert row[name] == pytest.approx(other[plain], rel=1e-6)
+    # Placements of DDIM and Heun's method on 20 images (some are equal at 2 calls), two seeds on 60, a grid of 64.
+    selected = [key for key in json.loads((finished[0] / "scores.json").read_text())["cells"] if "validation" in key]
+    at_two = sum(" | 2 | " in key for key in selected)
+    expected = 2 * (20 * at_two + 2 * 60 + 64) + 5 * (20 * (len(selected) - at_two) + 3 * (2 * 60 + 64))
+    assert sum(CALLS) == expected
 
 
 def test_finished_cells_are_not_computed_again(finished, monkeypatch, tmp_path):
@@ -120,6 +183,7 @@ def test_the_order_does_not_matter(finished, tmp_path):
         steps=(5, 2),
         solvers=("Heun", "DDIM"),
         samplers=(SAMPLER,),
+        judge=finished[1][-1],
         seeds=(3, 4),
         num_images=60,
         selection_images=20,
@@ -208,7 +272,6 @@ def test_one_seed_that_is_not_finite_leaves_no_mean():
 
 def test_every_solver_makes_five_calls(denoiser, features):
     from ddss_lightning.compare import solver_candidates
-    from ddss_lightning.module import DDSSModule
 
     assert Comparison(solvers=["all"]).solver_names == list(SOLVERS)
     assert len(SOLVERS) == 15
@@ -225,7 +288,8 @@ def test_every_solver_makes_five_calls(denoiser, features):
 )
 def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
     folder, _ = finished
-    flags = ["--steps", "5", "--solvers", "DDIM", "--seeds", "3", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    flags = ["--steps", "5", "--solvers", "DDIM", "--seeds", "3", "--judge", finished[1][-1]]
+    flags += ["--trainer.devices=2", "--trainer.strategy=ddp"]
     arguments = [sys.executable, "-m", *launcher, "ddss_lightning.cli", *command(tmp_path / "two", *flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment, check=False, timeout=300)
@@ -234,7 +298,7 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
     rows = json.loads((folder / "table.json").read_text())["rows"]
     (expected,) = [r for r in rows if (r["sampler"], r["nfe"], r["seed"]) == ("DDIM", 5, 3)]
     assert row["spacing"] == expected["spacing"]
-    for name in ("fid", "kid", "is"):
+    for name in ("fid", "kid", "is", "judge_fid", "judge_kid"):
         # The features are float32; batches of other sizes round them differently.
         assert row[name] == pytest.approx(expected[name], rel=1e-4)
 
@@ -254,6 +318,9 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
             "32 images were scored",
         ),
         (["--data.eval_batch_size=0"], "eval_batch_size must be at least 1, got 0"),
+        (["--judge", "nowhere"], "No feature network in 'nowhere': 'config.json' is missing"),
+        (["--judge", FEATURES], "The judge is the feature network of learning (dc2320f1a18d7978); give another one"),
+        (["--samplers", f"DDIM={SAMPLER}"], "is the name of a solver; give another label"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
@@ -266,18 +333,123 @@ def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
 
 
 def test_another_protocol_is_not_mixed_in(finished, tmp_path, capsys):
-    shutil.copytree(finished[0], tmp_path / "out")
+    folder, flags = finished
+    shutil.copytree(folder, tmp_path / "out")
+    plain = flags[: flags.index("--judge")]
+    # With a judge and then without, and the other way round.
+    main(command(tmp_path / "plain", "--steps", "5", "--solvers", "--samplers", SAMPLER, "--seeds", "3"))
+    cases = ("out", [*flags, "--num_images=61"], "images"), ("out", plain, "judge"), ("plain", flags, "judge")
+    for name, given, different in cases:
+        with pytest.raises(SystemExit):
+            main(command(tmp_path / name, *given))
+        said = f"holds scores of another protocol (different: {different}); give another --output"
+        assert said in capsys.readouterr().err
+
+
+def test_a_judge_of_other_images_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    ResidualFeatures(3, 16, 8).save_pretrained(tmp_path / "judge")
+    monkeypatch.setattr(DiffusersDenoiser, "forward", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(DigitsDataModule, "real_images", lambda _: pytest.fail("work"))
     with pytest.raises(SystemExit):
-        main(command(tmp_path / "out", "--num_images=61"))
-    assert "holds scores of another protocol (different: images, " in capsys.readouterr().err
+        main(command(tmp_path / "out", "--judge", str(tmp_path / "judge")))
+    assert (
+        "The judge takes images of shape (3, 16, 16), the model 'checkpoints/digits-ddpm' makes (1, 8, 8) (channels, "
+        "height, width); give a feature network for such images."
+    ) in capsys.readouterr().err
+
+
+def test_a_sampler_of_each_seed_is_scored_on_its_own_noise(finished, tmp_path, denoiser, features):
+    shutil.copytree(SAMPLER, tmp_path / "run-3")
+    other = GGDMSampler(denoiser.schedule, 5, anchor="ddim", stride="quadratic")
+    other.save_pretrained(tmp_path / "run-4", {"name": denoiser.name, "fingerprint": denoiser.fingerprint()})
+    flags = ["--steps", "5", "--solvers", "--samplers", f"mine={tmp_path}/run-{{seed}}", "--seeds", "3", "4"]
+    main(command(tmp_path / "out", *flags))
+    rows = {row["seed"]: row for row in rows_of(tmp_path / "out")}
+    assert {row["sampler"] for row in rows.values()} == {"mine"}
+    assert [rows[seed]["folder"] for seed in (3, 4)] == [f"{tmp_path}/run-{seed}" for seed in (3, 4)]
+    for seed, sampler in ((3, GGDMSampler.from_pretrained(SAMPLER)), (4, other)):
+        assert rows[seed]["fid"] == pytest.approx(fid_of(sampler, seed, denoiser, features), rel=1e-5)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| 5 | mine | learned |")]
+    assert f"| {(rows[3]['fid'] + rows[4]['fid']) / 2:.2f} ±" in line
+
+
+def test_another_label_is_no_other_sampler(finished, tmp_path, monkeypatch):
+    folder, flags = finished
+    shutil.copytree(folder, tmp_path / "out")
+    for run in ("test", "validate"):
+        monkeypatch.setattr(f"lightning.pytorch.Trainer.{run}", lambda *_, **__: pytest.fail("computed again"))
+    main(command(tmp_path / "out", *[f"mine={SAMPLER}" if flag == SAMPLER else flag for flag in flags]))
+    found, before = rows_of(tmp_path / "out"), rows_of(folder)
+    assert [row["sampler"] for row in found if row["spacing"] == "learned"] == ["mine", "mine"]
+    assert [{**row, "sampler": ""} for row in found] == [{**row, "sampler": ""} for row in before]
+
+
+def test_what_labels_and_seeds_must_be(tmp_path, denoiser, features):
+    module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 5), features)
+    for name, num_steps in (("a", 3), ("b", 4), ("c", 3), ("seed0", 3), ("seed1", 3), ("calls0", 3), ("calls1", 4)):
+        GGDMSampler(denoiser.schedule, num_steps).save_pretrained(tmp_path / name)
+    GGDMSampler(denoiser.schedule, 3).save_pretrained(tmp_path / "lr=0.1")
+
+    def candidates(*texts, seeds=(0, 1)):
+        return learned_candidates(module, [text.replace("@", str(tmp_path)) for text in texts], seeds)
+
+    def refused(message, *texts, seeds=(0, 1)):
+        with pytest.raises(ValueError, match=message):
+            candidates(*texts, seeds=seeds)
+
+    found = candidates("x=@/a", "x=@/b", "y=@/seed{seed}", "@/lr=0.1", "z=@/c")
+    assert [{c.name for c in by_seed.values()} for by_seed in found] == [
+        {"x"}, {"x"}, {"y"}, {f"learned ({tmp_path}/lr=0.1)"}, {"z"}
+    ]  # fmt: skip
+    assert [by_seed[0].nfe for by_seed in found] == [3, 4, 3, 3, 3]
+    assert found[0][0] is found[0][1]
+    assert [found[2][seed].folder for seed in (0, 1)] == [f"{tmp_path}/seed{seed}" for seed in (0, 1)]
+    refused(
+        r"seed\{seed\}' has no sampler for seed 2 of --seeds: There is no folder '.*/seed2'",
+        "y=@/seed{seed}",
+        seeds=(0, 1, 2),
+    )
+    refused(r"calls\{seed\}' make 3 or 4 network calls, depending on the seed; give samplers", "@/calls{seed}")
+    refused(r"/a' and '.*/c' both make 3 network calls and have the label 'x'; give them two labels", "x=@/a", "x=@/c")
+    refused("/a' is given 2 times; give every sampler once", "x=@/a", "y=@/a")
+
+
+def row_of(sampler, nfe, fid, spacing="learned", seed=0):
+    return {"sampler": sampler, "spacing": spacing, "nfe": nfe, "seed": seed, "fid": fid, "judge_fid": 10 * fid}
 
 
 def test_curves_of_two_samplers_of_one_size_are_two_lines():
-    from ddss_lightning.pictures import curves_figure
-
-    row = {"seed": 0, "fid": 1.0}
-    one = [{**row, "sampler": f"learned ({nfe})", "nfe": nfe} for nfe in (5, 10)]
-    two = [*one, {**row, "sampler": "learned (other)", "nfe": 5}]
-    for rows, lines in ((one, ["learned"]), (two, ["learned (5)", "learned (10)", "learned (other)"])):
+    one = [row_of(f"learned ({nfe})", nfe, 1.0) for nfe in (5, 10)]
+    two = [*one, row_of("learned (other)", 5, 1.0)]
+    labelled = [row_of(name, nfe, 1.0) for name in ("x", "y") for nfe in (5, 10)]
+    cases = (one, ["learned"]), (two, ["learned (5)", "learned (10)", "learned (other)"]), (labelled, ["x", "y"])
+    for rows, lines in cases:
         (axes,) = curves_figure(rows).axes
         assert [line.get_label() for line in axes.lines] == lines
+
+
+def test_curves_show_the_mean_and_the_band_of_the_seeds():
+    values = {5: (4.0, 6.0), 10: (1.0, 2.0)}
+    rows = [row_of("x", nfe, fid, seed=seed) for nfe, pair in values.items() for seed, fid in enumerate(pair)]
+    rows += [row_of("DDIM", nfe, 20.0, "linear", seed) for nfe in (5, 10) for seed in (0, 1)]
+    for score, scale in (("fid", 1), ("judge_fid", 10)):
+        (axes,) = curves_figure(rows, score).axes
+        x, ddim = axes.lines
+        assert x.get_xydata().tolist() == [[5, 5 * scale], [10, 1.5 * scale]]
+        band = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
+        assert band >= {(5, 4 * scale), (5, 6 * scale), (10, 1 * scale), (10, 2 * scale)}
+        assert axes.get_yscale() == "log"
+        assert x.get_linewidth() > 2 * ddim.get_linewidth()
+        assert x.get_zorder() > ddim.get_zorder()
+
+
+def test_fifteen_solvers_are_told_apart_by_colour_and_marker():
+    (axes,) = curves_figure([row_of(name, 5, 1.0, "linear") for name in SOLVERS]).axes
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == len(SOLVERS) == 15
+
+
+def test_small_scores_have_three_figures():
+    row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "seed": 0, "fid": 123.456, "judge_fid": 0.012345}
+    assert "| 5 | DDIM | leading | 123.46 | 0.0123 |" in markdown([row], {"images": 10})

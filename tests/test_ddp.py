@@ -51,25 +51,32 @@ def test_two_processes_are_one_process(tmp_path, method):
 
 def assert_equal_gradients(found, expected, tolerance):
     """Relative to the norm of the whole gradient."""
-    names = sorted(expected.keys() - {"broadcast"})
+    names = sorted(expected.keys() - {"broadcast", "start noise"})
 
     def flat(gradients):
         return torch.cat([torch.tensor(gradients[name], dtype=torch.float64).flatten() for name in names])
 
     ours, theirs = flat(found), flat(expected)
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    if "start noise" in expected:
+        start, reference = (torch.tensor(each["start noise"]) for each in (found, expected))
+        torch.testing.assert_close(start, reference, rtol=0, atol=1e-6)
+        moved = start.flatten(1).norm(dim=1) > 0
+        assert moved.sum() == GLOBAL_BATCH
+
+
+WHOLE = ("oracle", "oracle, whole real batch", "oracle, one call", "oracle sum", "oracle pixels", "network")
 
 
 @pytest.fixture(scope="module")
 def whole_batch(tmp_path_factory):
     """Gradients of one process that keeps everything."""
     folder = tmp_path_factory.mktemp("whole")
-    ways = ("oracle", "oracle, whole real batch", "oracle, one call", "network")
-    return {way: gradient(way, 1, folder) for way in ways}
+    return {way: gradient(way, 1, folder) for way in WHOLE}
 
 
 def reference(way):
-    if "one call" in way:
+    if way in WHOLE:
         return way
     return "oracle, whole real batch" if "real" in way else way.split(",")[0]
 
@@ -78,7 +85,7 @@ def tolerance(way):
     return 1e-10 if way.startswith("oracle") else 1e-5
 
 
-@pytest.mark.parametrize("way", ["oracle, parts", "oracle, real batch", "network, parts"])
+@pytest.mark.parametrize("way", [way for way in WAYS if "parts" in way or way == "oracle, real batch"])
 def test_parts_of_the_batch_have_the_gradient_of_the_whole(tmp_path, whole_batch, way):
     assert_equal_gradients(gradient(way, 1, tmp_path), whole_batch[reference(way)], tolerance(way))
 

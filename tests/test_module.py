@@ -19,6 +19,7 @@ from ddss_lightning import (
 )
 from ddss_lightning.data.digits import TensorImages, load_digits_tensors
 from ddss_lightning.ggdm import DEGREES
+from ddss_lightning.losses import Samples
 from ddss_lightning.module import _differing
 from ddss_lightning.noise import generator_for
 from tests.conftest import DDPM, FEATURES
@@ -154,9 +155,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
     original = module.loss.forward
     calls = []
 
-    def loss(generated, real=None):
-        calls.append(len(generated))
-        return original(generated, real) * (torch.nan if len(calls) == 2 else 1.0)
+    def loss(samples):
+        calls.append(samples)
+        return original(samples) * (torch.nan if len(calls) == 2 else 1.0)
 
     module.loss.forward = loss
     with pytest.warns(UserWarning, match=r"Step 1: the gradient is not finite; skipped \(1 so far\)"):
@@ -181,7 +182,7 @@ def test_the_loss_is_computed_in_full_precision(tmp_path):
             return gradient
 
     original = module.loss.forward
-    module.loss.forward = lambda generated, real=None: original(Product.apply(generated.float()), real)
+    module.loss.forward = lambda samples: original(Samples(Product.apply(samples.features.float())))
     torch.set_float32_matmul_precision("medium")
     try:
         runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, precision="bf16-mixed")
@@ -206,8 +207,8 @@ def test_a_skipped_step_changes_nothing_but_the_schedule(tmp_path, place):
     module = make(sampler={"learn": ("mu",)})
     original = module.loss.forward
 
-    def forward(generated, real=None):
-        value = original(generated, real)
+    def forward(samples):
+        value = original(samples)
         if len(states) != 2:
             return value
         return value + torch.tensor(torch.inf) if place == "loss" else value * torch.nan

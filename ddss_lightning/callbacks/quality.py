@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from pathlib import Path
@@ -22,41 +23,72 @@ from ddss_lightning.module import DDSSModule
 Score = Literal["fid", "kid"]
 
 
-def quality_metrics(features: FeatureExtractor, real: Tensor, precision_recall: bool = False) -> MetricCollection:
-    """FID and KID against real features, shape (m, d), IS if the network has a classification head, and, if asked for,
-    precision, recall, density and coverage.
+class FeatureSpace:
+    """Scores of generated images in the space of one feature network phi.
+
+    FID and KID, IS if phi has a classification head, and, if asked for, precision, recall, density and coverage.
+
+    Args:
+        features: phi.
+        real: phi of the real images, shape (m, d).
+        precision_recall: give the last four.
+        prefix: of the names of the scores, such as `judge_`.
     """
-    metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real), "kid": KernelDistance(real)}
-    if precision_recall:
-        metrics["precision_recall"] = PrecisionRecall(real)
-    try:
-        num_classes = features.logits(real[:1]).shape[1]
-    except NotImplementedError:
-        return MetricCollection(metrics, compute_groups=False)
-    return MetricCollection({**metrics, "is": InceptionScore(num_classes)}, compute_groups=False)
+
+    def __init__(
+        self, features: FeatureExtractor, real: Tensor, precision_recall: bool = False, prefix: str = ""
+    ) -> None:
+        self.features, self.prefix = features, prefix
+        metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real), "kid": KernelDistance(real)}
+        if precision_recall:
+            metrics["precision_recall"] = PrecisionRecall(real)
+        with contextlib.suppress(NotImplementedError):
+            metrics["is"] = InceptionScore(features.logits(real[:1]).shape[1])
+        self.metrics = MetricCollection(metrics, compute_groups=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the scores that `compute` gives."""
+        return [
+            self.prefix + name
+            for key, metric in self.metrics.items()
+            for name in (metric.names if isinstance(metric, PrecisionRecall) else (key,))
+        ]
+
+    def update(self, images: Tensor, indices: Tensor) -> None:
+        """Add generated images, pixels in [-1, 1], shape (N, C, H, W), and the indices of their noise, shape (N,).
+
+        Raises:
+            ValueError: images that are not finite.
+        """
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            vectors = self.features(images.float())
+            for name, metric in self.metrics.items():
+                samples = self.features.logits(vectors) if name == "is" else vectors
+                # FID is a sum over images; the others put them in the order of their indices.
+                metric.update(samples, **({} if name == "fid" else {"indices": indices}))
+
+    def compute(self) -> dict[str, float]:
+        """The scores by name, of the images of all processes."""
+        return {self.prefix + name: float(value) for name, value in self.metrics.compute().items()}
 
 
-def score_names(metrics: MetricCollection) -> list[str]:
-    """The names of the scores that `metrics.compute()` gives."""
-    return [
-        name
-        for key, metric in metrics.items()
-        for name in (metric.names if isinstance(metric, PrecisionRecall) else (key,))
-    ]
-
-
-def update_quality(metrics: MetricCollection, features: FeatureExtractor, images: Tensor, indices: Tensor) -> None:
-    """Add generated images, pixels in [-1, 1], shape (N, C, H, W), and the indices of their noise, shape (N,).
+def check_judge(judge: FeatureExtractor, module: DDSSModule) -> None:
+    """Make sure that a second feature network can judge the samples of a model.
 
     Raises:
-        ValueError: images that are not finite.
+        ValueError: it takes images of another shape than the model makes, or is the network of learning itself.
     """
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        vectors = features(images.float())
-        for name, metric in metrics.items():
-            samples = features.logits(vectors) if name == "is" else vectors
-            # FID is a sum over images; the others put them in the order of their indices.
-            metric.update(samples, **({} if name == "fid" else {"indices": indices}))
+    name, shape = module.denoiser.name, module.denoiser.image_shape
+    if judge.image_shape != shape:
+        raise ValueError(
+            f"The judge takes images of shape {judge.image_shape}, the model '{name}' makes {shape} (channels, height, "
+            "width); give a feature network for such images."
+        )
+    if judge.fingerprint() == module.features.fingerprint():
+        raise ValueError(
+            f"The judge is the feature network of learning ({judge.fingerprint()}); give another one, or no judge."
+        )
 
 
 class SampleQuality(Callback):
@@ -66,15 +98,21 @@ class SampleQuality(Callback):
     result of a fit is never worse, on the held-out noise, than the solver it started from. The best sampler is
     written whenever it improves, and is the module's sampler when fit ends.
 
-    It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`. If any image is not finite,
+    It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`. A judge, a second feature
+    network, sees the same images; its scores, `val/judge_fid` and so on, select nothing. If any image is not finite,
     on whatever process, all scores are NaN, a warning says how many there are (`num_not_finite`), and the sampler is
     not kept; training goes on.
 
     Args:
         monitor: the score that selects, `fid` or `kid`; lower is better.
-        precision_recall: log precision, recall, density and coverage too.
         dirpath: where the best sampler goes; default `<log folder>/sampler`.
         overwrite: allow `dirpath` to hold a sampler already.
+        precision_recall: log precision, recall, density and coverage too.
+        judge: a feature network that takes no part in learning; None for no second opinion.
+
+    Raises:
+        ValueError: an unknown `monitor`; when a run starts, a folder that holds a sampler already, or a judge that does
+            not fit.
     """
 
     def __init__(
@@ -83,11 +121,13 @@ class SampleQuality(Callback):
         dirpath: str | None = None,
         overwrite: bool = False,
         precision_recall: bool = False,
+        judge: FeatureExtractor | None = None,
     ) -> None:
         if monitor not in ("fid", "kid"):
             raise ValueError(f"monitor must be 'fid' or 'kid', got '{monitor}'.")
         self.monitor, self.dirpath, self.overwrite = monitor, dirpath, overwrite
         self.precision_recall = precision_recall
+        self.judge = None if judge is None else judge.freeze()
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
@@ -95,15 +135,18 @@ class SampleQuality(Callback):
         self.scores: dict[str, float] = {}
         self.num_images = self.num_not_finite = 0
         self._counts = [0, 0]
-        self._metrics: MetricCollection | None = None
+        self._spaces: list[FeatureSpace] = []
         self._real: Tensor | None = None
 
     def folder(self, trainer: Trainer) -> Path:
         """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
         return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "sampler"
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuse to overwrite a sampler, before any work starts."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a judge that does not fit, and to overwrite a sampler, before any work starts."""
+        assert isinstance(pl_module, DDSSModule)
+        if self.judge is not None:
+            check_judge(self.judge, pl_module)
         folder = self.folder(trainer)
         if stage != "fit" or self.overwrite or trainer.ckpt_path is not None:
             return
@@ -112,29 +155,35 @@ class SampleQuality(Callback):
 
     def _begin(self, module: DDSSModule) -> None:
         real = module.real_features()
-        if self._metrics is None or self._real is not real:
-            self._metrics, self._real = quality_metrics(module.features, real, self.precision_recall), real
-        self._metrics.to(module.device).reset()
+        if self._real is not real:
+            self._real = real
+            self._spaces = [FeatureSpace(module.features, real, self.precision_recall)]
+            if self.judge is not None:
+                judge = self.judge.to(module.device)
+                real = module.encode_real(judge)
+                self._spaces.append(FeatureSpace(judge, real, self.precision_recall, "judge_"))
+        for space in self._spaces:
+            space.features.to(module.device)
+            space.metrics.to(module.device).reset()
         self._counts = [0, 0]
 
-    def _update(self, module: DDSSModule, images: Tensor, indices: Tensor) -> None:
-        assert self._metrics is not None
+    def _update(self, images: Tensor, indices: Tensor) -> None:
         not_finite = int((~finite(images)).sum())
         self._counts = [self._counts[0] + len(images), self._counts[1] + not_finite]
         # With one such image there is no score: the others need not be counted.
         if not not_finite:
-            update_quality(self._metrics, module.features, images, indices)
+            for space in self._spaces:
+                space.update(images, indices)
 
     def _compute(self, trainer: Trainer) -> dict[str, float]:
-        assert self._metrics is not None
         counts = torch.tensor(self._counts, device=trainer.strategy.root_device)
         counts = trainer.strategy.reduce(counts, reduce_op="sum")
         self.num_images, self.num_not_finite = counts.tolist()
         if not self.num_not_finite:
-            self.scores = {name: float(value) for name, value in self._metrics.compute().items()}
+            self.scores = {name: value for space in self._spaces for name, value in space.compute().items()}
             return self.scores
         # All processes know it from the sum, and none waits for the samples of the others.
-        self.scores = dict.fromkeys(score_names(self._metrics), math.nan)
+        self.scores = dict.fromkeys((name for space in self._spaces for name in space.names), math.nan)
         found = f"the sampler makes images that are not finite ({self.num_not_finite} of {self.num_images})"
         if trainer.state.fn == "fit":
             rank_zero_warn(f"Step {trainer.global_step}: {found}; lower the learning rate. It is not kept.")
@@ -159,7 +208,7 @@ class SampleQuality(Callback):
         batches = loader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
         for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
-            self._update(pl_module, pl_module.validation_step(batch, index), batch)
+            self._update(pl_module.validation_step(batch, index), batch)
         self.initial = self._compute(trainer)
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
@@ -174,14 +223,13 @@ class SampleQuality(Callback):
     def on_validation_batch_end(  # noqa: D102 - Lightning's hook
         self,
         trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
+        pl_module: LightningModule,  # noqa: ARG002
         outputs: Any,  # noqa: ANN401
         batch: Any,  # noqa: ANN401
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        assert isinstance(pl_module, DDSSModule)
-        self._update(pl_module, outputs, batch)
+        self._update(outputs, batch)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -264,4 +312,4 @@ class SampleQuality(Callback):
 
 
 def _line(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name.upper()} {value:.4g}" for name, value in scores.items())
+    return ", ".join(f"{name.upper().replace('_', ' ')} {value:.4g}" for name, value in scores.items())

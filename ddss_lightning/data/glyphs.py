@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddss_lightning.data.base import ImageDataModule
+from ddss_lightning.files import default_cache_dir
 from ddss_lightning.glyphs import FACES, RECIPE, Split, draw_scene, font_file, render
 
 NUM_IMAGES = {"train": 50_000, "held_out": 10_000}
@@ -45,11 +46,6 @@ def render_split(split: Split, size: int, num_images: int | None = None) -> Glyp
     return GlyphArrays(
         torch.from_numpy(pixels), torch.tensor(labels), torch.tensor(faces), torch.tensor(parameters).float()
     )
-
-
-def default_cache_dir() -> Path:
-    """`ddss_lightning` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddss_lightning"
 
 
 def cache_key(split: Split, size: int, num_images: int | None = None) -> dict[str, str]:

@@ -92,4 +92,4 @@ class ConvFeatures(FeatureExtractor):
         Raises:
             ValueError: the folder or one of its files is missing or damaged, or holds a network of another class.
         """
-        return load_features(cls, pretrained_path)
+        return load_features(pretrained_path, cls)

@@ -27,25 +27,30 @@ def save_features(network: FeatureExtractor, config: dict[str, Any], save_direct
     save_file(network.state_dict(), folder / WEIGHTS_NAME)
 
 
-def load_features(cls: type[FeaturesT], pretrained_path: str | Path) -> FeaturesT:
+def load_features(pretrained_path: str | Path, *classes: type[FeaturesT]) -> FeaturesT:
     """Read what `save_features` wrote; the network comes back frozen.
+
+    Args:
+        pretrained_path: a local folder.
+        classes: what may be there; the first one is meant where the folder does not say.
 
     Raises:
         ValueError: the folder or one of its files is missing or damaged, or holds a network of another class.
     """
-    folder = Path(pretrained_path)
+    folder, known = Path(pretrained_path), {cls.__name__: cls for cls in classes}
+    names = " or ".join(known)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(
                 f"No feature network in '{folder}': '{name}' is missing. Give the folder written by "
-                f"`{cls.__name__}.save_pretrained`, such as 'checkpoints/digits-features'."
+                f"`save_pretrained` of {names}, such as 'checkpoints/digits-features'."
             )
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
-        kind = config.pop("_class_name", cls.__name__)
-        if kind != cls.__name__:
-            raise TypeError(f"it is a {kind}, not a {cls.__name__}")
-        network = cls(**config)
+        kind = config.pop("_class_name", classes[0].__name__)
+        if kind not in known:
+            raise TypeError(f"its class is {kind}, not {names}")
+        network = known[kind](**config)
         network.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except (json.JSONDecodeError, SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"The feature network in '{folder}' is damaged or of another kind: {error}") from error

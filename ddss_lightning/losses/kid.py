@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ddss_lightning.losses.base import SampleLoss, Samples, feature_scale
 
 Kernel = Literal["cubic", "linear"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -49,8 +51,8 @@ def kid(generated: Tensor, real: Tensor, kernel: Kernel = "cubic") -> Tensor:
     return within + mean_off_diagonal(polynomial_kernel(real, real, kernel)) - 2 * across
 
 
-class KIDLoss(nn.Module):
-    """`kid` of features that were divided by the root mean square of the real ones.
+class KIDLoss(SampleLoss):
+    """`kid` of features that were divided by the root mean square of the real ones; over all processes.
 
     Without that scale the cubic kernel's gradients are in the millions. The scale and the real-real term come from
     the bank of real features that `fit_real` receives once; the bank itself is what generated images are compared
@@ -65,6 +67,7 @@ class KIDLoss(nn.Module):
         ValueError: an unknown kernel or choice of real features.
     """
 
+    name = "kid"
     bank: Tensor
 
     def __init__(self, kernel: Kernel = "cubic", real: Literal["bank", "batch"] = "bank") -> None:
@@ -75,6 +78,7 @@ class KIDLoss(nn.Module):
             raise ValueError(f"real must be 'bank' or 'batch', got '{real}'.")
         self.kernel: Kernel = kernel
         self.real = real
+        self.needs = frozenset({"features", "real"} if real == "batch" else {"features"})
         self.scale = 1.0
         self.real_term = 0.0
         self.register_buffer("bank", torch.empty(0), persistent=False)
@@ -85,27 +89,24 @@ class KIDLoss(nn.Module):
         Raises:
             ValueError: fewer than two vectors, or numbers that are not finite.
         """
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"KID needs at least two real feature vectors, got shape {tuple(features.shape)}.")
-        if not features.isfinite().all():
-            raise ValueError("The real features hold numbers that are not finite; look for NaN in the real images.")
-        features = features.detach().double()
-        self.scale = float(features.square().mean().sqrt())
-        scaled = features / self.scale
+        self.scale = feature_scale(features, "KID")
+        scaled = features.detach().double() / self.scale
         self.real_term = float(mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel)))
         self.bank = scaled.float() if self.real == "bank" else torch.empty(0)
 
-    def forward(self, generated: Tensor, real: Tensor | None = None) -> Tensor:
-        """KID of generated features, shape (n, d), against the bank, or against `real`, shape (m, d), if given.
+    def forward(self, samples: Samples) -> Tensor:
+        """KID of `samples.features` against the bank, or against `samples.real`.
 
         Raises:
-            ValueError: no bank and no real features.
+            ValueError: no bank, or no real features.
         """
+        generated = samples.gather(samples["features"])
         generated = generated.to(torch.promote_types(generated.dtype, torch.float32))
-        if real is not None:
+        if self.real == "batch":
+            real = samples.gather(samples["real"])
             return kid(generated / self.scale, real.to(generated.dtype) / self.scale, self.kernel)
         if not len(self.bank):
-            raise ValueError("KIDLoss has no real features: call `fit_real` first, or give `real`.")
+            raise ValueError("KIDLoss has no real features: call `fit_real` first.")
         scaled = generated / self.scale
         within = mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel))
         across = polynomial_kernel(scaled, self.bank.to(scaled), self.kernel).mean()

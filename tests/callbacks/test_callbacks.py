@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddss_lightning import GGDMSampler, Interruption, SampleQuality, SamplerPictures
+from ddss_lightning import GGDMSampler, Interruption, ResidualFeatures, SampleQuality, SamplerPictures
 from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
@@ -59,6 +59,29 @@ def test_the_score_is_the_formula_on_the_held_out_noise(tmp_path):
         made = module.features(to_pixels(module.sampler(module.denoiser, x_T, noise=noise)))
         expected = frechet_distance(*gaussian_moments(made), *gaussian_moments(module.real_features()))
     assert result["test/fid"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_judge_looks_on(tmp_path):
+    """The same fit with it and without; its score is the formula in its own features; a wrong shape is refused."""
+    judge = ResidualFeatures(1, 8, 8)
+    alone, judged = SampleQuality(dirpath=str(tmp_path / "a")), SampleQuality(dirpath=str(tmp_path / "b"), judge=judge)
+    for quality in (alone, judged):
+        module = make()
+        runner = trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False)
+        runner.fit(module, data())
+    assert {"val/judge_fid", "val/judge_kid"} <= runner.logged_metrics.keys()
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert alone.best.items() <= judged.best.items()
+    assert all(torch.equal(value, judged.best_sampler[name]) for name, value in alone.best_sampler.items())
+    with torch.no_grad():
+        x_T, noise = held_out_noise("validation/0", list(range(24)), (1, 8, 8), 3)
+        made = judge(to_pixels(make().sampler(module.denoiser, x_T, noise=noise)))
+        real = judge(torch.cat(list(data().real_dataloader())))
+    expected = frechet_distance(*gaussian_moments(made), *gaussian_moments(real))
+    assert judged.initial["judge_fid"] == pytest.approx(expected.item(), rel=1e-4)
+    runner = trainer(tmp_path, 1, callbacks=[SampleQuality(judge=ResidualFeatures(3, 8, 8))])
+    with pytest.raises(ValueError, match=r"judge takes images of shape \(3, 8, 8\), the model '.*' makes \(1, 8, 8\)"):
+        runner.test(make(), data())
 
 
 def test_existing_sampler_is_not_overwritten(tmp_path):
@@ -117,7 +140,7 @@ def test_handlers_are_put_back(tmp_path):
 
 def test_images_that_are_not_finite_give_no_score_and_end_nothing(tmp_path):
     """One image of 24 at candidate 0 and at the first validation; the second validation is sound."""
-    quality = SampleQuality(dirpath=str(tmp_path / "s"), precision_recall=True)
+    quality = SampleQuality(dirpath=str(tmp_path / "s"), precision_recall=True, judge=ResidualFeatures(1, 8, 8))
     module = make()
     original, seen = module.validation_step, []
 
@@ -136,7 +159,8 @@ def test_images_that_are_not_finite_give_no_score_and_end_nothing(tmp_path):
     datamodule.eval_batch_size = 10
     with pytest.warns(UserWarning, match=r"Step 2: .* not finite \(1 of 24\); lower the learning rate. It is not kept"):
         trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, datamodule)
-    names = {"fid", "kid", "is", "precision", "recall", "density", "coverage"}
+    both = {"fid", "kid", "precision", "recall", "density", "coverage"}
+    names = both | {"is"} | {f"judge_{name}" for name in both}
     assert quality.initial.keys() == names
     assert all(math.isnan(value) for value in quality.initial.values())
     # Callbacks come before the module: each validation is seen right after its scores.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddss_lightning.features import ConvFeatures, ResidualFeatures
+from ddss_lightning.features import ConvFeatures, ResidualFeatures, load_any
 
 
 def test_save_and_load(tmp_path):
@@ -15,8 +15,22 @@ def test_save_and_load(tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     with pytest.raises(NotImplementedError, match="has no classification head"):
         again.logits(again(images))
-    with pytest.raises(ValueError, match="it is a ResidualFeatures, not a ConvFeatures"):
+    with pytest.raises(ValueError, match="its class is ResidualFeatures, not ConvFeatures"):
         ConvFeatures.from_pretrained(tmp_path)
+
+
+def test_a_folder_says_of_what_class_its_network_is(tmp_path):
+    for network in (ResidualFeatures(1, 8, 8), ConvFeatures(1, 8, 8)):
+        network.save_pretrained(tmp_path)
+        again = load_any(tmp_path)
+        assert (type(again), again.fingerprint()) == (type(network), network.fingerprint())
+        assert not any(p.requires_grad for p in again.parameters())
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("ConvFeatures", "Inception"))
+    with pytest.raises(ValueError, match="its class is Inception, not ConvFeatures or ResidualFeatures"):
+        load_any(tmp_path)
+    with pytest.raises(ValueError, match="Give the folder written by `save_pretrained` of ConvFeatures or Residual"):
+        load_any(tmp_path / "nothing")
 
 
 def test_without_its_convolutions_a_block_is_its_short_way():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
-from ddss_lightning.losses import KIDLoss, kid
+from ddss_lightning.losses import KIDLoss, Samples, kid
 
 
 def draw(*shape, seed=0):
@@ -35,7 +35,7 @@ def test_loss_scales_features_to_mean_square_one():
     loss = KIDLoss()
     loss.fit_real(real)
     scale = real.square().mean().sqrt()
-    torch.testing.assert_close(loss(x), kid(x / scale, real / scale), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(Samples(x)), kid(x / scale, real / scale), rtol=1e-5, atol=0)
 
 
 def test_bank_and_whole_set_as_minibatch_agree():
@@ -43,8 +43,9 @@ def test_bank_and_whole_set_as_minibatch_agree():
     bank, batch = KIDLoss(), KIDLoss(real="batch")
     for loss in (bank, batch):
         loss.fit_real(real)
-    torch.testing.assert_close(bank(x), batch(x, real), rtol=1e-5, atol=1e-7)
-    gradients = [torch.autograd.grad(value, x)[0] for value in (bank(x), batch(x, real))]
+    values = bank(Samples(x)), batch(Samples(x, real=real))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-7)
+    gradients = [torch.autograd.grad(value, x)[0] for value in values]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
@@ -54,7 +55,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="real must be 'bank' or 'batch', got 'all'"):
         KIDLoss(real="all")
     with pytest.raises(ValueError, match="call `fit_real` first"):
-        KIDLoss()(draw(3, 2))
+        KIDLoss()(Samples(draw(3, 2)))
+    with pytest.raises(ValueError, match=r"needs `real` of the samples: give Samples\(real=...\)"):
+        KIDLoss(real="batch")(Samples(draw(3, 2)))
     with pytest.raises(ValueError, match="at least two real feature vectors"):
         KIDLoss().fit_real(draw(1, 2))
     with pytest.raises(ValueError, match="not finite"):

@@ -1,0 +1,101 @@
+"""What a loss sees of a training step, and what every loss offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+def _own(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass
+class Samples:
+    """Generated images of one step on this process, and what they are compared with; only what the loss needs.
+
+    Attributes:
+        features: of the generated images, shape (n, d).
+        images: their pixels in [-1, 1], clamped and rounded straight through, shape (n, C, H, W).
+        real: features of a minibatch of real images, shape (m, d).
+        target: the teacher's pixels from the same noise, shape (n, C, H, W).
+        target_features: features of these, shape (n, d).
+        gather: values of this process, shape (n, ...), to those of all W processes, shape (W n, ...). Its gradient by
+            the own values is W times what it would be in one process, because DDP takes the mean of the gradients; so
+            a loss of gathered values and a mean over own ones can be added.
+    """
+
+    features: Tensor | None = None
+    images: Tensor | None = None
+    real: Tensor | None = None
+    target: Tensor | None = None
+    target_features: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] = _own
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What `name` is.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        found = getattr(self, name)
+        if found is None:
+            raise ValueError(f"The loss needs `{name}` of the samples: give Samples({name}=...).")
+        return found  # type: ignore[no-any-return]
+
+
+class SampleLoss(nn.Module, ABC):
+    """A differentiable measure of generated samples, to be minimised.
+
+    It can have a memory, such as running moments. `forward` reads it; what it would become is kept by `advance`, which
+    is called after each step that was taken, so that a skipped step changes nothing. Checkpoints hold the memory, and
+    nothing else of a loss.
+
+    Attributes:
+        name: of the value in logs, `train/<name>`.
+        needs: names of the attributes of `Samples` that `forward` reads. Chains are differentiated through `features`
+            and `images` only where these are needed; the feature network is not called where it is not.
+        has_memory: whether it has one.
+        terms: further values to log, of the last `forward`, detached.
+    """
+
+    name = "loss"
+    needs: frozenset[str] = frozenset({"features"})
+    has_memory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: dict[str, Tensor] = {}
+
+    def fit_real(self, features: Tensor) -> None:
+        """Learn what is needed of the features of all real images, shape (m, d), before the first step."""
+
+    @abstractmethod
+    def forward(self, samples: Samples) -> Tensor:
+        """A scalar."""
+
+    def advance(self) -> None:
+        """The step of the last `forward` was taken: remember it."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to go on to the last bit."""
+        return {}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave."""
+
+
+def feature_scale(features: Tensor, name: str) -> float:
+    """Root mean square of real features, shape (m, d): divided by it, features of any network have gradients of O(1).
+
+    Raises:
+        ValueError: fewer than two vectors, or numbers that are not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{name} needs at least two real feature vectors, got shape {tuple(features.shape)}.")
+    if not features.isfinite().all():
+        raise ValueError("The real features hold numbers that are not finite; look for NaN in the real images.")
+    return float(features.detach().double().square().mean().sqrt())

@@ -1,0 +1,71 @@
+"""Several losses at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ddss_lightning.losses.base import SampleLoss, Samples
+
+# Logged by the module under these names.
+RESERVED = ("loss", "grad_norm", "skipped_steps")
+
+
+class WeightedSum(SampleLoss):
+    r"""L = sum_i w_i L_i of named losses. Each L_i is logged as `train/<name>`, without its weight; L as `train/loss`.
+
+    Args:
+        losses: L_i by name.
+        weights: w_i by the same names; 1 for a name that is left out.
+
+    Raises:
+        ValueError: no loss, a weight for a name that no loss has, one that is negative or not finite, a name that logs
+            use for something else.
+    """
+
+    def __init__(self, losses: dict[str, SampleLoss], weights: dict[str, float] | None = None) -> None:
+        super().__init__()
+        weights = weights or {}
+        if not losses:
+            raise ValueError("losses must hold at least one loss, got {}.")
+        for name in losses:
+            if name in RESERVED or not name.isidentifier():
+                raise ValueError(f"A loss cannot be called '{name}'; give it another name, such as 'first'.")
+        for name, weight in weights.items():
+            if name not in losses:
+                raise ValueError(f"weights: there is no loss '{name}'; the losses are {', '.join(losses)}.")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"The weight of '{name}' must be a number of at least 0, got {weight}.")
+        self.losses = nn.ModuleDict(losses)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in losses}
+        self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
+        self.has_memory = any(loss.has_memory for loss in losses.values())
+
+    def fit_real(self, features: Tensor) -> None:
+        """Give all losses their real features."""
+        for _, loss in self._named():
+            loss.fit_real(features)
+
+    def forward(self, samples: Samples) -> Tensor:
+        """The sum."""
+        values = {name: loss(samples) for name, loss in self._named()}
+        self.terms = {name: value.detach() for name, value in values.items()}
+        return torch.stack([self.weights[name] * value.double() for name, value in values.items()]).sum()
+
+    def advance(self) -> None:
+        """The step was taken."""
+        for _, loss in self._named():
+            loss.advance()
+
+    def memory(self) -> dict[str, Tensor]:
+        """Of all losses, as `<name>.<key>`."""
+        return {f"{name}.{key}": value for name, loss in self._named() for key, value in loss.memory().items()}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Each loss takes what was its own."""
+        for name, loss in self._named():
+            prefix = f"{name}."
+            loss.restore({key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)})
+
+    def _named(self) -> list[tuple[str, SampleLoss]]:
+        return list(self.losses.items())  # type: ignore[arg-type]

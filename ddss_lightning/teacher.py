@@ -1,0 +1,240 @@
+"""Pairs of start noise and what a sampler of many steps makes of it, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.files import default_cache_dir, replacing
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.images import to_pixels, to_uint8
+from ddss_lightning.noise import generator_for, held_out_noise
+from ddss_lightning.solvers import Solver, Stride
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TeacherPairs:
+    r"""The teacher of a `TeacherLoss`: x_T, by index, and the image that a deterministic sampler makes of it.
+
+    The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, the teacher's coefficients and
+    the seed. A file is there whole or not at all: an interrupted run goes on with those that are missing, a larger
+    `num_pairs` makes only the new ones, and several processes share the work. Noise is drawn again when it is needed,
+    by (seed, index), apart from all other noise.
+
+    A step takes its global batch from permutations of the pairs that are a function of (seed, epoch), each pair at most
+    once in an epoch: a fit is the same on any number of processes and however often it is resumed.
+
+    With `relax_radius` r > 0 the sampler need not hit the teacher's image from exactly x_T, but from somewhere near:
+
+    .. math:: \min_\theta \, E \min_{|x'_T - x_T| \le r} d(\mathrm{sampler}_\theta(x'_T), \mathrm{teacher}(x_T))
+
+    in units where x_T is standard normal, so that the ball has radius r sigma_T in those of the state. Each pair has
+    its own x'_T, which begins at x_T, and moves by a projected gradient step whenever its turn comes, with the
+    gradient that the step of theta has computed anyway:
+    x'_T <- P(x'_T - s r g / |g|), P the projection onto the ball. The ball and the alternating steps are LD3's; the
+    normalised step, of the same length for any distance, is ours, and so is that a step need not prove itself by a
+    second evaluation. Where the loss has further terms, g is of the whole sum. Scores never see x'_T.
+
+    Args:
+        num_pairs: how many.
+        num_steps: network calls of the teacher.
+        anchor: as in `GGDMSampler`: `dpmpp_2m`, `ddim`, or a mapping that names a diffusers scheduler.
+        stride: as in `GGDMSampler`, for `dpmpp_2m` and `ddim`.
+        chunk_size: images that are made at once and kept in one file.
+        relax_radius: r, in units of the standard normal x_T, whose length is about the square root of the number of its
+            entries; 0: x_T stays. LD3's own runs on 3 x 32 x 32 images used 0.03.
+        relax_step: s, length of a step as a fraction of r.
+        cache_dir: folder of the cache; default `ddss_lightning` in `$XDG_CACHE_HOME`, else in `~/.cache`.
+        seed: of the noise and of the order.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    References:
+        Tong et al., "Learning to Discretize Denoising Diffusion ODEs", ICLR 2025, https://arxiv.org/abs/2405.15506
+        (LD3), section on the soft teacher; code: https://github.com/vinhsuhi/LD3.
+    """
+
+    num_pairs: int = 10_000
+    num_steps: int = 50
+    anchor: str | dict[str, Any] = "dpmpp_2m"
+    stride: Stride = "quadratic"
+    chunk_size: int = 256
+    relax_radius: float = 0.0
+    relax_step: float = 0.1
+    cache_dir: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_steps", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.relax_radius < float("inf"):
+            raise ValueError(f"relax_radius must be a number of at least 0, got {self.relax_radius}.")
+        if not 0 < self.relax_step <= 1:
+            raise ValueError(f"relax_step must be above 0 and at most 1, got {self.relax_step}.")
+
+    # ---------------------------------------------------------------------------------------------------- the cache
+
+    def sampler(self, denoiser: Denoiser) -> GGDMSampler:
+        """The teacher.
+
+        Raises:
+            ValueError: an anchor that adds noise, or that is not a GGDM.
+        """
+        sampler = GGDMSampler(
+            denoiser.schedule,
+            self.num_steps,
+            anchor=cast(Solver, self.anchor),
+            # The stride belongs to the formulas; a scheduler has its own.
+            stride="linear" if isinstance(self.anchor, dict) else self.stride,
+            learn=(),
+            prediction_type=cast(Any, denoiser.prediction_type),
+        )
+        if sampler.coefficients().std.any():
+            raise ValueError("A teacher must be deterministic, but this anchor adds noise; use 'dpmpp_2m' or 'ddim'.")
+        return sampler
+
+    def key(self, denoiser: Denoiser) -> dict[str, str]:
+        """What cached images must agree in.
+
+        Raises:
+            ValueError: a denoiser with labels.
+        """
+        if getattr(denoiser, "labels", None) is not None:
+            raise ValueError("Teacher pairs are of one distribution: use the denoiser without `with_labels`.")
+        numbers = vars(self.sampler(denoiser).coefficients()).items()
+        # Machines differ in the last digits.
+        coefficients = json.dumps({name: value.mul(1e8).round().long().tolist() for name, value in numbers})
+        return {
+            "format": str(FORMAT_VERSION),
+            "denoiser": denoiser.fingerprint(),
+            "teacher": hashlib.sha256(coefficients.encode()).hexdigest()[:16],
+            "seed": str(self.seed),
+        }
+
+    def folder(self, denoiser: Denoiser) -> Path:
+        """Where the images lie."""
+        root = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir)
+        return root / "teacher-{denoiser}-{teacher}-{seed}".format(**self.key(denoiser))
+
+    def _files(self, folder: Path) -> dict[Path, range]:
+        starts = range(0, self.num_pairs, self.chunk_size)
+        chunks = [range(start, min(start + self.chunk_size, self.num_pairs)) for start in starts]
+        return {folder / f"{chunk.start:08d}-{chunk.stop:08d}.safetensors": chunk for chunk in chunks}
+
+    @torch.no_grad()
+    def make(
+        self,
+        denoiser: Denoiser,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> list[Path]:
+        """Make the missing ones of every W-th file, W processes, with states of `dtype`. Returns what was made."""
+        from rich.progress import track
+
+        folder, sampler, made = self.folder(denoiser), self.sampler(denoiser), []
+        own = list(self._files(folder).items())[rank::world_size]
+        missing = [(path, chunk) for path, chunk in own if not path.is_file()]
+        if not missing:
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = f"teacher: {self.num_steps} calls for each of {self.chunk_size} images"
+        for path, chunk in track(missing, steps, disable=rank != 0):
+            x_T = self.noise(list(chunk), denoiser.state_shape).to(device, dtype)
+            images = to_uint8(to_pixels(denoiser.decode(sampler(denoiser, x_T))))
+            with replacing(path) as partial:
+                save_file({"images": images.cpu().contiguous()}, partial, metadata=self.key(denoiser))
+            made.append(path)
+        return made
+
+    def load(self, denoiser: Denoiser) -> TeacherImages:
+        """All images, memory-mapped.
+
+        Raises:
+            ValueError: a file that is missing, damaged, or of something else.
+        """
+        key, chunks = self.key(denoiser), []
+        for path, chunk in self._files(self.folder(denoiser)).items():
+            if not path.is_file():
+                raise ValueError(
+                    f"The teacher's images '{path}' are missing; make them first, and on several machines give a "
+                    "cache_dir that all of them see."
+                )
+            try:
+                with safe_open(path, "pt") as file:
+                    found, images = file.metadata() or {}, file.get_tensor("images")
+            except SafetensorError as error:
+                raise ValueError(f"The teacher's images '{path}' are damaged ({error}); delete the file.") from error
+            if found != key or images.shape != (len(chunk), *denoiser.image_shape):
+                raise ValueError(f"The teacher's images '{path}' are of {found}, not of {key}; delete the file.")
+            chunks.append(images)
+        return TeacherImages(chunks)
+
+    # ------------------------------------------------------------------------------------------------- in a fit
+
+    def noise(self, indices: Sequence[int], state_shape: tuple[int, ...]) -> Tensor:
+        """x_T of these pairs, shape (n, *state_shape)."""
+        return held_out_noise(f"teacher/{self.seed}", list(indices), state_shape, 1)[0]
+
+    def batch(self, step: int, global_batch: int) -> list[int]:
+        """The pairs of a step, of all processes together; never the same pair twice.
+
+        Raises:
+            ValueError: fewer pairs than a batch has.
+        """
+        if global_batch > self.num_pairs:
+            raise ValueError(
+                f"A batch of {global_batch} images, all processes together, needs as many teacher pairs, there are "
+                f"{self.num_pairs}; raise num_pairs or lower batch_size."
+            )
+        epoch, position = divmod(step, self.num_pairs // global_batch)
+        order = torch.randperm(self.num_pairs, generator=generator_for("teacher", self.seed, epoch))
+        pairs: list[int] = order[position * global_batch : (position + 1) * global_batch].tolist()
+        return pairs
+
+    def moved(self, offsets: Tensor, gradients: Tensor) -> Tensor:
+        """x'_T - x_T of some pairs after a projected gradient step, shape (n, *state_shape), float32.
+
+        Args:
+            offsets: before it, same shape.
+            gradients: of each pair's loss by its x'_T, same shape, up to a positive factor.
+        """
+        flat, slopes = offsets.flatten(1).double(), gradients.flatten(1).to(offsets.device).double()
+        norms = slopes.norm(dim=1, keepdim=True)
+        # A gradient without a direction (0 / 0, infinite) moves nothing.
+        directions = torch.where((norms > 0) & norms.isfinite(), slopes / norms, 0.0)
+        flat = flat - self.relax_step * self.relax_radius * directions
+        flat = flat * (self.relax_radius / flat.norm(dim=1, keepdim=True)).clamp(max=1.0)
+        moved: Tensor = flat.view_as(offsets).to(offsets.dtype)
+        return moved
+
+
+class TeacherImages:
+    """Images of pairs 0, 1, ... in equal chunks (the last can be smaller), uint8."""
+
+    def __init__(self, chunks: list[Tensor]) -> None:
+        self.chunks = chunks
+
+    def __len__(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        """Pixels in [-1, 1], shape (n, C, H, W), float32."""
+        size = len(self.chunks[0])
+        found = torch.stack([self.chunks[index // size][index % size] for index in indices])
+        return found.float() / 127.5 - 1

@@ -1,0 +1,345 @@
+"""Learn many samplers at equal cost, and compare them: a sweep of settings x network calls x seeds.
+
+    python recipes/benchmark.py recipes/sweeps/digits.yaml --output runs/benchmark-digits
+
+A sweep is a YAML file: a base recipe, what all its runs change in it (`common`), what each setting changes, and a
+budget of network calls for learning, the same for all settings of one number of steps. A call of the network on one
+image counts as one, so does a gradient with respect to its input; the calls that make a teacher's images count too.
+The plan is printed before the first run. Every run is `ddss fit` with the two recipes that lie in its folder; finished
+runs are kept, an interrupted one goes on where it stopped. Then `ddss compare` scores all learned samplers, and the
+sweep's solvers, on the same noise.
+
+It writes into the output folder: `<setting>/<steps>-<seed>/` (recipe, logs, sampler, `run.json`), `plan.md`,
+`learning.md`, `learning.png` (validation FID against network calls), and `compare/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from ddss_lightning.cli import DDSSCommandLine, command_line
+from ddss_lightning.compare import Comparison, compare
+from ddss_lightning.files import replacing
+from ddss_lightning.module import DDSSModule
+from ddss_lightning.pictures import save_figure
+from ddss_lightning.replay import Replay
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file.
+
+    Attributes:
+        base: the recipe that all runs start from.
+        steps: numbers of network calls of the samplers.
+        seeds: of learning and of the test noise.
+        calls: steps -> network calls of learning, of one image each.
+        settings: name -> what it changes in the base recipe.
+        common: what all runs change.
+        validations: how often an Adam run is validated; Gauss-Newton is after each step.
+        only: setting -> the steps and seeds that it is run for, where not for all.
+        compare: arguments of `Comparison`: `solvers`, `num_images`, `selection_images`, `judge`.
+    """
+
+    base: str
+    steps: list[int]
+    seeds: list[int]
+    calls: dict[int, float]
+    settings: dict[str, dict[str, Any]]
+    common: dict[str, Any] = field(default_factory=dict)
+    validations: int = 8
+    only: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    compare: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> Sweep:
+        """From a file.
+
+        Raises:
+            SystemExit: no such file, or one that is no sweep.
+        """
+        try:
+            sweep = Sweep(**yaml.safe_load(path.read_text()))
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            raise SystemExit(f"'{path}' is no sweep: {error}") from None
+        for steps in sweep.steps:
+            if steps not in sweep.calls:
+                raise SystemExit(f"'{path}': `calls` has no budget for {steps} steps.")
+        return sweep
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting at one number of steps with one seed."""
+
+    setting: str
+    steps: int
+    seed: int
+    folder: Path
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings on top of each other; the last one wins."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and "class_path" not in value
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def runs_of(sweep: Sweep, output: Path) -> list[Run]:
+    """All runs; first all settings of the first steps and seed, so that an unfinished sweep can be looked at."""
+    found = []
+    for seed in sweep.seeds:
+        for steps in sweep.steps:
+            for setting in sweep.settings:
+                only = sweep.only.get(setting, {})
+                if steps in only.get("steps", sweep.steps) and seed in only.get("seeds", sweep.seeds):
+                    folder = output / re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-") / f"{steps}-{seed}"
+                    found.append(Run(setting, steps, seed, folder))
+    return found
+
+
+def calls_per_step(module: DDSSModule) -> int:
+    """Network calls of one optimiser step: forward passes, and gradients where there are any."""
+    num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
+    if method is None:
+        # The first call of a chain has no gradient.
+        return batch_size * (2 * num_steps - 1)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    replay = Replay(lambda x, _t: x, module.sampler.coefficients(), zero, zero.expand(num_steps - 1, 1, 1))
+    with torch.no_grad():
+        for value in module.sampler.parameters():
+            for index in range(value.numel()):
+                value.view(-1)[index] += 1e-3
+                replay(module.sampler.coefficients())
+                value.view(-1)[index] -= 1e-3
+    images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
+    return replay.num_calls * batch_size + images * num_steps
+
+
+def teacher_calls(module: DDSSModule) -> int:
+    """Network calls that make the teacher's images."""
+    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
+
+
+def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
+    """Write the recipe of a run, with as many optimiser steps as its budget allows; the recipe and its cost.
+
+    Raises:
+        SystemExit: the budget does not suffice for one step.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    changes = merged(
+        sweep.common,
+        sweep.settings[run.setting],
+        {
+            "sampler": {"init_args": {"num_steps": run.steps}},
+            "model": {"seed": run.seed},
+            "quality": {"dirpath": str(run.folder / "sampler")},
+            "trainer": {
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {
+                        "save_dir": str(run.folder), "name": "logs", "version": 0, "default_hp_metric": False
+                    },
+                }
+            },
+        },
+    )  # fmt: skip
+    recipe = run.folder / "recipe.yaml"
+
+    def write() -> None:
+        with replacing(recipe) as partial:
+            partial.write_text(yaml.safe_dump(changes, sort_keys=False))
+
+    write()
+    module = command_line(["-c", sweep.base, "-c", str(recipe)], run=False).model
+    each, budget = calls_per_step(module), sweep.calls[run.steps] - teacher_calls(module)
+    max_steps = int(budget // each)
+    if max_steps < 1:
+        raise SystemExit(
+            f"{run.setting}, {run.steps} steps: one optimiser step takes {each:,} network calls, the budget leaves "
+            f"{budget:,.0f}; raise `calls` or lower the images of a step."
+        )
+    every = 1 if module.gauss_newton else max(1, math.ceil(max_steps / sweep.validations))
+    changes = merged(changes, {"trainer": {"max_steps": max_steps}, "data": {"init_args": {"steps_per_epoch": every}}})
+    write()
+    calls = max_steps * each + teacher_calls(module)
+    return recipe, {
+        "optimiser": "Gauss-Newton" if module.gauss_newton else "Adam",
+        "optimiser_steps": max_steps,
+        "calls_per_step": each,
+        "network_calls": calls,
+        "numbers": sum(value.numel() for value in module.sampler.parameters()),
+    }
+
+
+def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> dict[str, Any]:
+    """`ddss fit`, unless it is finished; what came out."""
+    path = run.folder / "run.json"
+    if path.exists():
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    resumed = (run.folder / "logs" / "version_0" / "checkpoints" / "last.ckpt").exists()
+    started = time.time(), time.process_time()
+    cli: DDSSCommandLine = command_line(["fit", "-c", sweep.base, "-c", str(recipe), "--ckpt_path=last"])
+    quality = next(each for each in cli.trainer.callbacks if type(each).__name__ == "SampleQuality")
+    found = {
+        "setting": run.setting,
+        "steps": run.steps,
+        "seed": run.seed,
+        **cost,
+        "minutes": (time.time() - started[0]) / 60,
+        "processor_minutes": (time.process_time() - started[1]) / 60,
+        "resumed": resumed,
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
+        "best_step": quality.best_step,
+        "validation": quality.best,
+        "validation_of_initial_sampler": quality.initial,
+    }
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def curve(run: Run, calls: int) -> tuple[list[float], list[float]]:
+    """Network calls and validation FIDs of a run, from its logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder / "logs" / "version_0"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = events.Scalars("val/fid") if "val/fid" in events.Tags()["scalars"] else []
+    by_step = {each.step + 1: each.value for each in found}
+    return [step * calls for step in by_step], list(by_step.values())
+
+
+def learning_figure(runs: list[Run], results: list[dict[str, Any]]) -> Figure:
+    """Validation FID against network calls, a panel for each number of steps, a line for each run."""
+    steps = sorted({run.steps for run in runs})
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    colours = {name: f"C{index % 10}" for index, name in enumerate(settings)}
+    styles = {name: ("-", "--")[index // 10 % 2] for index, name in enumerate(settings)}
+    figure = Figure(figsize=(5 * len(steps) + 2.5, 4.5), layout="constrained")
+    for axes, num_steps in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
+        for run, result in zip(runs, results, strict=True):
+            if run.steps != num_steps:
+                continue
+            calls, fids = curve(run, result["calls_per_step"])
+            offset = result["network_calls"] - result["optimiser_steps"] * result["calls_per_step"]
+            calls = [offset, *(each + offset for each in calls)]
+            fids = [result["validation_of_initial_sampler"]["fid"], *fids]
+            first = run.seed == min(each.seed for each in runs)
+            axes.plot(
+                np.array(calls) / 1e6, fids, styles[run.setting], color=colours[run.setting], linewidth=1,
+                label=run.setting if first else None,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel("network calls of learning, millions")
+        axes.set_ylabel("FID, validation noise")
+        axes.set_title(f"{num_steps} network calls", fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    return figure
+
+
+def table(runs: list[Run], results: list[dict[str, Any]]) -> str:
+    """One line a run."""
+    lines = [
+        "| calls | setting | seed | numbers | optimiser steps | network calls | validation FID: start, best (step) "
+        "| minutes (of a processor) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run, row in sorted(zip(runs, results, strict=True), key=lambda pair: (pair[0].steps, pair[0].setting)):
+        start, best = row["validation_of_initial_sampler"].get("fid", math.nan), row["validation"].get("fid", math.nan)
+        lines.append(
+            f"| {run.steps} | {run.setting} | {run.seed} | {row['numbers']} | {row['optimiser_steps']} "
+            f"{row['optimiser']} | {row['network_calls'] / 1e6:.2f} M | {start:.2f}, {best:.2f} ({row['best_step']}) | "
+            f"{row['minutes']:.1f} ({row['processor_minutes']:.1f}) |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def plan(runs: list[Run], costs: list[dict[str, Any]]) -> str:
+    """What will be run."""
+    lines = ["| calls | setting | seed | optimiser steps | network calls of learning |", "|---|---|---|---|---|"]
+    for run, cost in zip(runs, costs, strict=True):
+        lines.append(
+            f"| {run.steps} | {run.setting} | {run.seed} | {cost['optimiser_steps']} {cost['optimiser']} | "
+            f"{cost['network_calls'] / 1e6:.2f} M |"
+        )
+    total = sum(cost["network_calls"] for cost in costs) / 1e6
+    return "\n".join([*lines, "", f"{len(runs)} runs, {total:.1f} million network calls of learning.", ""])
+
+
+def main() -> None:
+    """Plan, learn, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", help="only these numbers of network calls")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    parser.add_argument("--settings", nargs="+", help="only these settings")
+    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.add_argument("--no_compare", action="store_true", help="learn and stop")
+    given, console = parser.parse_args(), Console()
+    sweep = Sweep.read(given.sweep)
+    for name in ("steps", "seeds", "settings"):
+        unknown = [each for each in getattr(given, name) or [] if each not in getattr(sweep, name)]
+        if unknown:
+            known = ", ".join(map(str, getattr(sweep, name)))
+            parser.error(f"--{name}: '{unknown[0]}' is not in '{given.sweep}', which has {known}.")
+    runs = [
+        run
+        for run in runs_of(sweep, given.output)
+        if all(
+            getattr(given, names) is None or value in getattr(given, names)
+            for names, value in (("steps", run.steps), ("seeds", run.seed), ("settings", run.setting))
+        )
+    ]
+    prepared = [prepare(run, sweep) for run in runs]
+    text = plan(runs, [cost for _, cost in prepared])
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "plan.md").write_text(text)
+    console.print(text, highlight=False)
+    if given.plan:
+        return
+    results = []
+    for index, (run, (recipe, cost)) in enumerate(zip(runs, prepared, strict=True)):
+        console.print(f"run {index + 1} of {len(runs)}: {run.setting}, {run.steps} steps, seed {run.seed}")
+        results.append(learn(run, sweep, recipe, cost))
+        with replacing(given.output / "learning.md") as partial:
+            partial.write_text(table(runs[: len(results)], results))
+    save_figure(learning_figure(runs, results), given.output / "learning.png")
+    console.print(f"learned: '{given.output / 'learning.md'}', '{given.output / 'learning.png'}'")
+    if given.no_compare:
+        return
+    samplers = dict.fromkeys(f"{run.setting}={run.folder.parent / f'{run.steps}-{{seed}}' / 'sampler'}" for run in runs)
+    common = given.output / "common.yaml"
+    common.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
+    cli = command_line(["-c", sweep.base, "-c", str(common)], run=False)
+    settings = Comparison(
+        steps=sorted({run.steps for run in runs}), seeds=sorted({run.seed for run in runs}),
+        samplers=list(samplers), output=given.output / "compare", **sweep.compare,
+    )  # fmt: skip
+    compare(cli.model, cli.datamodule, cli.trainer, settings)
+
+
+if __name__ == "__main__":
+    main()
