@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -311,6 +311,10 @@ class DDSSModule(LightningModule):
             images = to_pixels(self.denoiser.decode(part))
             return tuple(self.features(images) if name == "features" else images for name in self._outputs)
 
+        return self._in_parts(outputs, x_0)
+
+    def _in_parts(self, outputs: Callable[[Tensor], tuple[Tensor, ...]], x_0: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of last states, `features_batch_size` at once."""
         if self.features_batch_size is None:
             return outputs(x_0)
         parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
@@ -433,12 +437,16 @@ class DDSSModule(LightningModule):
             """The mean over processes."""
             return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
 
+        def moments_of(x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
+            (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
+            return distance.moments(features)
+
         def moments(purpose: str, num_images: int) -> Tensor:
             """Of samples as they are scored."""
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for x_T, noise in draws(purpose, num_images):
                 with torch.autocast(self.device.type, enabled=False):
-                    total = total + distance.moments(self.features(self.generate(x_T, noise, self.sampler))) * len(x_T)
+                    total = total + moments_of(self._last_state(self.sampler, x_T, noise), to_pixels) * len(x_T)
             return everyone(total / num_images)
 
         # Differences of a thousandth drown in the rounding of bfloat16 and of pixels.
@@ -449,8 +457,7 @@ class DDSSModule(LightningModule):
 
         def smooth_moments() -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                images = self.denoiser.decode(replay(self.sampler.coefficients()))
-                return everyone(distance.moments(self.features(images.clamp(-1, 1))))
+                return everyone(moments_of(replay(self.sampler.coefficients()), lambda images: images.clamp(-1, 1)))
 
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.corrections.items()},
