@@ -126,6 +126,7 @@ class GGDMSampler(nn.Module):
             "time": (num_steps - 1,),
             "logsnr": (num_steps - 1,),
         }
+        self._known: tuple[Tensor, Coefficients] | None = None
         # One step has no gaps and no noise: what has no numbers has no gradient, and is no parameter.
         self.corrections = nn.ParameterDict(
             {
@@ -300,6 +301,17 @@ class GGDMSampler(nn.Module):
         pred = pred + self._correction("pred")
         return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred)
 
+    def _constant_coefficients(self) -> Coefficients:
+        """`coefficients()` without a gradient; those of the last time if what is learned has the same values.
+
+        Computing them is a few hundred operations on a few numbers: as much time as all else besides the network.
+        """
+        learned = torch.cat([self.schedule.table[:0], *(value.detach().flatten() for value in self.parameters())])
+        known = self._known
+        if known is None or known[0].device != learned.device or not torch.equal(known[0], learned):
+            self._known = known = learned, self.coefficients()
+        return known[1]
+
     def forward(
         self,
         denoiser: Network,
@@ -329,7 +341,7 @@ class GGDMSampler(nn.Module):
                 f"The denoiser predicts '{predicts}', the sampler was made for '{self.config['prediction_type']}'; "
                 "give the sampler the denoiser's prediction_type."
             )
-        coefficients = self.coefficients()
+        coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()
         if noise is None and (coefficients.std.detach() != 0).any():
             # One draw a step, as diffusers' pipelines do: the same generator gives the same images there.
             draws = [randn_like(x_T, generator) for _ in range(self.num_steps - 1)]

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -148,6 +149,39 @@ def test_damaged_folders(tmp_path, schedule):
 def test_bad_arguments(schedule, options, message):
     with pytest.raises(ValueError, match=message):
         GGDMSampler(schedule, **{"num_steps": 5, **options})
+
+
+@pytest.mark.parametrize("learn", [DEGREES, ()])
+def test_samples_without_a_gradient_are_those_of_the_present_numbers(mixture, learn, monkeypatch):
+    """However these were changed; the coefficients are not computed again for the same ones."""
+    sampler, computed = GGDMSampler(mixture.schedule, 4, learn=learn), []
+    coefficients = GGDMSampler.coefficients
+    monkeypatch.setattr(GGDMSampler, "coefficients", lambda self: computed.append(1) or coefficients(self))
+    x_T, noise = torch.randn(2, 1, 2, 2).double(), torch.randn(3, 2, 1, 2, 2).double()
+
+    def images(sampler):
+        with torch.no_grad():
+            return sampler(mixture, x_T, noise=noise)
+
+    def step():
+        sampler(mixture, x_T, noise=noise).square().sum().backward()
+        torch.optim.SGD(sampler.parameters(), 1e-4).step()
+
+    other = move(GGDMSampler(mixture.schedule, 4, learn=learn), scale=0.05)
+    changes = [lambda: move(sampler), step, lambda: sampler.load_state_dict(other.state_dict())] if learn else []
+    found = [images(sampler)]
+    for change in changes:
+        change()
+        found.append(images(sampler))
+        count = len(computed)
+        assert torch.equal(images(sampler), found[-1])
+        assert torch.equal(images(copy.deepcopy(sampler).float()), found[-1])
+        assert len(computed) == count
+        fresh = GGDMSampler(mixture.schedule, 4, learn=learn)
+        fresh.load_state_dict(sampler.state_dict())
+        assert torch.equal(images(fresh), found[-1])
+        assert not any(torch.equal(found[-1], before) for before in found[:-1])
+    assert torch.equal(images(sampler.to("cpu")), found[-1])
 
 
 def test_another_prediction_type_is_refused(denoiser):
