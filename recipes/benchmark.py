@@ -68,13 +68,16 @@ class Sweep:
 
     @staticmethod
     def read(path: Path) -> Sweep:
-        """From a file.
+        """From a file; `extends` names another one beside it, whose values hold where this one has none.
 
         Raises:
             SystemExit: no such file, or one that is no sweep.
         """
         try:
-            sweep = Sweep(**yaml.safe_load(path.read_text()))
+            content = yaml.safe_load(path.read_text())
+            if "extends" in content:
+                content = merged(yaml.safe_load((path.parent / content.pop("extends")).read_text()), content)
+            sweep = Sweep(**content)
         except (OSError, TypeError, yaml.YAMLError) as error:
             raise SystemExit(f"'{path}' is no sweep: {error}") from None
         for steps in sweep.steps:
