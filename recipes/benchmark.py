@@ -36,10 +36,9 @@ from rich.console import Console
 
 from ddss_lightning.cli import DDSSCommandLine, command_line
 from ddss_lightning.compare import Comparison, compare
+from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.files import replacing
-from ddss_lightning.module import DDSSModule
 from ddss_lightning.pictures import save_figure
-from ddss_lightning.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -118,30 +117,6 @@ def runs_of(sweep: Sweep, output: Path) -> list[Run]:
                     folder = output / re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-") / f"{steps}-{seed}"
                     found.append(Run(setting, steps, seed, folder))
     return found
-
-
-def calls_per_step(module: DDSSModule) -> int:
-    """Network calls of one optimiser step: forward passes, and gradients where there are any."""
-    num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
-    if method is None:
-        # The first call of a chain has no gradient, unless its start noise moves.
-        relaxed = module.teacher is not None and module.teacher.relax_radius > 0
-        return batch_size * (2 * num_steps - (0 if relaxed else 1))
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    replay = Replay(lambda x, _t: x, module.sampler.coefficients(), zero, zero.expand(num_steps - 1, 1, 1))
-    with torch.no_grad():
-        for value in module.sampler.parameters():
-            for index in range(value.numel()):
-                value.view(-1)[index] += 1e-3
-                replay(module.sampler.coefficients())
-                value.view(-1)[index] -= 1e-3
-    images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
-    return replay.num_calls * batch_size + images * num_steps
-
-
-def teacher_calls(module: DDSSModule) -> int:
-    """Network calls that make the teacher's images."""
-    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
 
 
 def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:

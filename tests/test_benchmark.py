@@ -1,14 +1,11 @@
-"""Sweeps: the cost that is planned is the cost that is paid; finished and interrupted work is kept."""
+"""Sweeps: planned, learned, compared; finished and interrupted work is kept."""
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
-from ddss_lightning import DDSSModule, GaussNewton, GGDMSampler, TeacherLoss, TeacherPairs
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("at_root")
@@ -21,49 +18,6 @@ def benchmark(monkeypatch):
     import benchmark
 
     return benchmark
-
-
-class Counted:
-    """Counts images that pass, and gradients that come back."""
-
-    def __init__(self, module):
-        self.calls = 0
-        self.handle = module.register_forward_hook(self.forward_hook)
-
-    def forward_hook(self, _module, _arguments, output):
-        self.calls += len(output)
-        if output.requires_grad:
-            output.register_hook(self.backward_hook)
-
-    def backward_hook(self, gradient):
-        self.calls += len(gradient)
-
-
-@pytest.mark.parametrize("kind", ["adam", "gauss-newton"])
-def test_the_planned_calls_are_those_that_are_made(benchmark, denoiser, features, kind):
-    method = GaussNewton(residual_images=40, trial_images=20, dampings=(0.1, 0.01)) if kind != "adam" else None
-    sampler = GGDMSampler(denoiser.schedule, 4, stride="quadratic")
-    module = DDSSModule(denoiser, sampler, features, batch_size=16, gauss_newton=method)
-    planned = benchmark.calls_per_step(module)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None)
-    module.log = lambda *_args, **_kwargs: None
-    module._real = features(torch.rand(200, 1, 8, 8))
-    module.loss.fit_real(module._real)
-    counted = Counted(denoiser)
-    module.training_step(torch.zeros(16, 1, 8, 8), 0).backward()
-    counted.handle.remove()
-    assert counted.calls == planned
-
-
-def test_teachers_count(benchmark, denoiser, features):
-    sampler = GGDMSampler(denoiser.schedule, 4)
-    teacher = TeacherPairs(num_pairs=30, num_steps=7)
-    module = DDSSModule(denoiser, sampler, features, loss=TeacherLoss(), teacher=teacher, batch_size=16)
-    assert benchmark.teacher_calls(module) == 210
-    # The start noise moves: the first call has a gradient too.
-    relaxed = TeacherPairs(num_pairs=30, num_steps=7, relax_radius=0.1)
-    module = DDSSModule(denoiser, sampler, features, loss=TeacherLoss(), teacher=relaxed, batch_size=16)
-    assert benchmark.calls_per_step(module) == 16 * 8
 
 
 SWEEP = {

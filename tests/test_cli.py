@@ -30,6 +30,8 @@ def test_every_recipe_runs(recipe, tmp_path):
     if "gauss_newton" in recipe.read_text():
         few = [f"--model.gauss_newton.{name}_images=8" for name in ("residual", "trial")]
         flags += [*few, "--sampler.learn=[time]"]
+    if "Glyphs" in recipe.read_text():
+        flags += ["--data.num_images=100", f"--data.cache_dir={tmp_path}"]
     main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
 
 
