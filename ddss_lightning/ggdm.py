@@ -126,8 +126,13 @@ class GGDMSampler(nn.Module):
             "time": (num_steps - 1,),
             "logsnr": (num_steps - 1,),
         }
+        # One step has no gaps and no noise: what has no numbers has no gradient, and is no parameter.
         self.corrections = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(shapes[name], dtype=torch.float64)) for name in learned}
+            {
+                name: nn.Parameter(torch.zeros(shapes[name], dtype=torch.float64))
+                for name in learned
+                if all(shapes[name])
+            }
         )
 
     def _formula_anchor(self, solver: Solver) -> FormulaAnchor:
@@ -408,7 +413,8 @@ class GGDMSampler(nn.Module):
             kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
             schedule = NoiseSchedule(tensors["schedule.logsnrs"], tensors.get("schedule.timesteps"), **kind)
             sampler = cls(schedule, **card["config"])
-            learned = {name: value for name, value in tensors.items() if name.startswith("learned.")}
+            # Files of older versions hold what has no numbers, too.
+            learned = {k: value for k, value in tensors.items() if k.startswith("learned.") and value.numel()}
             sampler.load_state_dict({f"corrections.{name.removeprefix('learned.')}": v for name, v in learned.items()})
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error

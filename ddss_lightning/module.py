@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from ddss_lightning.replay import Replay
 from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
 FROZEN = ("denoiser.", "features.", "loss.")
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 TARGETS = frozenset({"target", "target_features"})
 
 
@@ -83,6 +84,8 @@ class DDSSModule(LightningModule):
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         teacher: whose images a `TeacherLoss` compares with.
         seed: of all noise; training, validation, test and prediction noise are kept apart.
+
+    The Trainer's precision is 32-true, bf16-mixed or 64-true; others are refused. The sampler is float64 in all.
 
     Raises:
         ValueError: parts that do not fit together, or an argument outside its range.
@@ -193,6 +196,18 @@ class DDSSModule(LightningModule):
             )
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
 
+    def setup(self, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
+
+        Raises:
+            ValueError: a precision other than 32-true, bf16-mixed and 64-true.
+        """
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"The Trainer's precision is '{self.trainer.precision}', in which a sampler cannot be learned; use "
+                "precision='bf16-mixed' (the networks in half precision, all else in float32) or '32-true'."
+            )
+
     # ---------------------------------------------------------------------------------------------- real images
 
     def real_features(self) -> Tensor:
@@ -296,6 +311,10 @@ class DDSSModule(LightningModule):
             images = to_pixels(self.denoiser.decode(part))
             return tuple(self.features(images) if name == "features" else images for name in self._outputs)
 
+        return self._in_parts(outputs, x_0)
+
+    def _in_parts(self, outputs: Callable[[Tensor], tuple[Tensor, ...]], x_0: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of last states, `features_batch_size` at once."""
         if self.features_batch_size is None:
             return outputs(x_0)
         parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
@@ -418,12 +437,16 @@ class DDSSModule(LightningModule):
             """The mean over processes."""
             return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
 
+        def moments_of(x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
+            (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
+            return distance.moments(features)
+
         def moments(purpose: str, num_images: int) -> Tensor:
             """Of samples as they are scored."""
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for x_T, noise in draws(purpose, num_images):
                 with torch.autocast(self.device.type, enabled=False):
-                    total = total + distance.moments(self.features(self.generate(x_T, noise, self.sampler))) * len(x_T)
+                    total = total + moments_of(self._last_state(self.sampler, x_T, noise), to_pixels) * len(x_T)
             return everyone(total / num_images)
 
         # Differences of a thousandth drown in the rounding of bfloat16 and of pixels.
@@ -434,8 +457,7 @@ class DDSSModule(LightningModule):
 
         def smooth_moments() -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                images = self.denoiser.decode(replay(self.sampler.coefficients()))
-                return everyone(distance.moments(self.features(images.clamp(-1, 1))))
+                return everyone(moments_of(replay(self.sampler.coefficients()), lambda images: images.clamp(-1, 1)))
 
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.corrections.items()},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNITS = {"": 1, "B": 1, **{f"{k}B": 1000**i for i, k in enumerate("kMGT", 1)}}
 UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
@@ -89,7 +89,7 @@ class RecomputeEvery(Remat):
 
 @dataclass(frozen=True)
 class MemoryBudget(Remat):
-    """`budget(bytes)`: as many calls keep their activations as fit, found by measuring one; the rest are recomputed.
+    """`budget(bytes)`: as many calls keep their activations as fit, by the size of the first; the rest are recomputed.
 
     The last calls are kept: their activations are gone before the first recomputation takes its own. The memory of
     one call, which every policy needs, is part of the budget; feature network, weights and states are not.
@@ -123,28 +123,35 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"'{text}' is not a size in bytes; write it as 500MB, 4GiB or 1e9.") from error
 
 
-def activation_bytes(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, timestep: Tensor) -> int:
-    """Bytes of activations that the backward pass of one call keeps for a batch like x, shape (N, C, H, W).
+def measured_call(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, timestep: Tensor) -> tuple[Tensor, int]:
+    """One call of the network, and what its backward pass would keep.
 
-    Measured on one and on two images: their difference, times N, holds no weights.
+    On the whole batch: a network may know of each image what it is to be, such as its label. What is kept is gone
+    when this returns.
+
+    Args:
+        network: a module, whose weights are not counted, or any function, whose weights cannot be told.
+        x: a state, which the chain keeps, shape (N, C, H, W).
+        timestep: shape (N,).
+
+    Returns:
+        The output without a graph, shape (N, C, H, W), and bytes of activations.
     """
+    module = network if isinstance(network, nn.Module) else nn.Module()
+    others = {value.untyped_storage().data_ptr() for value in (x, *module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
 
-    def kept(num: int) -> int:
-        seen: dict[int, int] = {}
+    def pack(value: Tensor) -> Tensor:
+        # The graph holds what is counted here, so that no address is that of two tensors.
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in others:
+            kept[storage.data_ptr()] = storage.nbytes()
+        # A graph that holds a tensor of its own graph is never freed.
+        return value.detach()
 
-        def pack(value: Tensor) -> Tensor:
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(value)  # or its address could be given to the next one
-            return value
-
-        alive: list[Tensor] = []
-        images = x.detach()[:1].expand(num, *x.shape[1:]).clone().requires_grad_()
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-            output = network(images, timestep.detach()[:1].expand(num))
-        return sum(seen.values()) if output.requires_grad else 0
-
-    return (kept(2) - kept(1)) * len(x)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        output = network(x.detach().requires_grad_(), timestep.detach())
+    return output.detach(), sum(kept.values()) if output.requires_grad else 0
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):

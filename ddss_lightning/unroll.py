@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.coefficients import Coefficients
-from ddss_lightning.remat import Offload, Remat, activation_bytes
+from ddss_lightning.remat import Offload, Remat, measured_call
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,7 +83,6 @@ def _differentiable(
     timesteps = network_times(coefficients, x_T)
     times = [timesteps[k].expand(num) for k in range(num_steps)]
     times[0] = times[0].detach()
-    recomputed = policy.recomputed(num_steps, lambda: activation_bytes(network, x_T, times[0]))
     offload = Offload() if policy.offload else None
     keep = offload.hold if offload else lambda state: state
 
@@ -93,9 +92,19 @@ def _differentiable(
 
     with offload or contextlib.nullcontext():
         states = [keep(coefficients.init_noise_sigma.to(x_T) * x_T)]
+        first: list[Tensor] = []
+
+        def bytes_per_call() -> int:
+            output, size = measured_call(network, states[0], times[0])
+            first.append(output)
+            return size
+
+        recomputed = policy.recomputed(num_steps, bytes_per_call)
         for k in range(num_steps):
             arguments = (states[k], times[k], output_weights[k])
-            if recomputed[k] and (states[k].requires_grad or times[k].requires_grad):
+            if k == 0 and first and not states[0].requires_grad:
+                update = output_weights[0] * first[0].to(x_T.dtype)
+            elif recomputed[k] and (states[k].requires_grad or times[k].requires_grad):
                 update = checkpoint(weighted_output, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 update = weighted_output(*arguments)

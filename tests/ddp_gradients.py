@@ -34,6 +34,7 @@ WAYS = {
     "oracle, whole real batch": ("64-true", {"real": "batch"}),
     "oracle, real batch": ("64-true", {"microbatch_size": 4, "real": "batch"}),
     "oracle, local": ("64-true", {"gather_features": False}),
+    "oracle, one call": ("64-true", {"num_steps": 1}),
     "oracle sum": ("64-true", {}),
     "oracle sum, parts": ("64-true", {"microbatch_size": 4, "remat": "denoiser", "features_batch_size": 3}),
     "oracle pixels": ("64-true", {}),
@@ -55,31 +56,34 @@ def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
     """The first gradient of each degree of freedom."""
     precision, options = WAYS[way]
     options = dict(options)
-    loss = loss_of(way, options.pop("real", "bank"))
+    loss, num_steps = loss_of(way, options.pop("real", "bank")), options.pop("num_steps", 4)
     teacher = TeacherPairs(40, 6, chunk_size=8, cache_dir=folder, relax_radius=0.5) if "oracle " in way else None
     denoiser, oracle = DiffusersDenoiser.from_pretrained(DDPM), way.startswith("oracle")
     if oracle:
         denoiser = MixtureDenoiser(load_digits_tensors()[0][:30], 0.1, denoiser.schedule)
     # Unmoved where it is float32: chains of large corrections make more of the last digit.
-    sampler = moved_sampler(denoiser.schedule) if oracle else GGDMSampler(denoiser.schedule, 4, stride="quadratic")
+    make = moved_sampler if oracle else GGDMSampler
+    sampler = make(denoiser.schedule, num_steps=num_steps, stride="quadratic")
     features = ConvFeatures.from_pretrained(FEATURES)
     size = global_batch // world_size
     module = DDSSModule(denoiser, sampler, features, loss, batch_size=size, teacher=teacher, **options)
-    found = {}
+    # It is the second step that DDP refuses where a parameter had no gradient in the first.
+    found, max_steps = {}, 2 if num_steps == 1 else 1
 
     def keep(_):
         ddp = module.trainer.model
         found["broadcast"] = len(getattr(ddp, "modules_buffers", []))
-        found.update({name: value.grad.tolist() for name, value in sampler.corrections.items()})
+        for name, value in sampler.corrections.items():
+            found.setdefault(name, value.grad.tolist())
 
     module.on_before_optimizer_step = keep
     trainer = Trainer(
         strategy=DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto",
-        devices=world_size, accelerator="cpu", precision=precision, max_steps=1, limit_val_batches=0,
+        devices=world_size, accelerator="cpu", precision=precision, max_steps=max_steps, limit_val_batches=0,
         default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DigitsDataModule(batch_size=size, steps_per_epoch=1))
+    trainer.fit(module, DigitsDataModule(batch_size=size, steps_per_epoch=max_steps))
     if module._offsets is not None:
         found["start noise"] = module._offsets.tolist()
     return found

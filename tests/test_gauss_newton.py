@@ -115,10 +115,13 @@ def test_bad_features():
 # ------------------------------------------------------------------------------------------------------- in a fit
 
 
-def fit(denoiser, features, max_steps, tmp_path, **kwargs):
+def fit(denoiser, features, max_steps, tmp_path, features_batch_size=None, **kwargs):
     sampler = GGDMSampler(denoiser.schedule, 3, stride="quadratic", learn=("logsnr", "nu"))
     method = GaussNewton(residual_images=512, trial_images=512)
-    module = DDSSModule(denoiser, sampler, features, batch_size=256, ema_decay=0, gauss_newton=method)
+    module = DDSSModule(
+        denoiser, sampler, features, batch_size=256, ema_decay=0, gauss_newton=method,
+        features_batch_size=features_batch_size,
+    )  # fmt: skip
     trainer = Trainer(
         max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, log_every_n_steps=1, enable_checkpointing=kwargs.pop("enable_checkpointing", False),
@@ -147,3 +150,22 @@ def test_two_steps_lower_the_distance_and_resume_to_the_last_bit(denoiser, featu
     resumed, _ = fit(denoiser, features, 2, tmp_path / "second", ckpt_path=path)
     for ours, theirs in zip(resumed.sampler.parameters(), whole.sampler.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_feature_network_takes_its_images_in_parts(denoiser, features, tmp_path, monkeypatch):
+    """No more than `features_batch_size` at once in a step, which is that of whole batches."""
+    step, sizes = DDSSModule.training_step, []
+
+    def recorded(module, *arguments):
+        hook = features.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+        try:
+            return step(module, *arguments)
+        finally:
+            hook.remove()
+
+    whole, _ = fit(denoiser, features, 1, tmp_path / "whole")
+    monkeypatch.setattr(DDSSModule, "training_step", recorded)
+    parts, _ = fit(denoiser, features, 1, tmp_path / "parts", features_batch_size=100)
+    assert set(sizes) == {100, 56}
+    for ours, theirs in zip(parts.sampler.parameters(), whole.sampler.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from ddss_lightning.coefficients import prediction_pair
 from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
@@ -161,3 +162,22 @@ def test_one_step_sampler_works(mixture):
     alpha, sigma = mixture.schedule.alpha_sigma(torch.tensor(999.0))
     expected = (x_T - sigma * mixture(x_T, torch.full((2,), 999.0))) / alpha
     torch.testing.assert_close(sampler(mixture, x_T), expected)
+
+
+def test_one_step_has_no_noise_and_no_gaps_to_learn(tmp_path, mixture):
+    """Degrees without numbers are no parameters; files of earlier versions, which hold them, are still read."""
+    sampler = move(GGDMSampler(mixture.schedule, 1, learn=DEGREES))
+    assert {name: value.numel() for name, value in sampler.named_parameters()} == {
+        "corrections.mu": 1, "corrections.nu": 1, "corrections.pred": 2
+    }  # fmt: skip
+    sampler.save_pretrained(tmp_path)
+    numbers = load((tmp_path / "sampler.safetensors").read_bytes())
+    empty = {f"learned.{name}": torch.zeros(0, dtype=torch.float64) for name in ("std", "time", "logsnr")}
+    for old in (numbers, numbers | empty):
+        (tmp_path / "sampler.safetensors").write_bytes(save(old))
+        card = json.loads((tmp_path / "sampler.json").read_text())
+        (tmp_path / "sampler.json").write_text(json.dumps({**card, "weights_sha256": None}))
+        again = GGDMSampler.from_pretrained(tmp_path)
+        assert again.config == sampler.config
+        for name, value in vars(again.coefficients()).items():
+            assert torch.equal(value, getattr(sampler.coefficients(), name)), name

@@ -1,15 +1,17 @@
+import weakref
+
 import pytest
 import torch
 
 from ddss_lightning.ggdm import DEGREES, GGDMSampler
 from ddss_lightning.losses import kid
-from ddss_lightning.remat import KeepAll, MemoryBudget, RecomputeEvery, Remat, activation_bytes
+from ddss_lightning.remat import KeepAll, MemoryBudget, RecomputeEvery, Remat, measured_call
 from ddss_lightning.unroll import unroll
 
 
 def moved_sampler(schedule, **options):
     """A sampler away from its anchor, so that no derivative is special."""
-    sampler = GGDMSampler(schedule, 4, **{"learn": DEGREES, "stride": "quadratic", **options})
+    sampler = GGDMSampler(schedule, **{"num_steps": 4, "learn": DEGREES, "stride": "quadratic", **options})
     generator = torch.Generator().manual_seed(0)
     for value in sampler.corrections.values():
         value.data = 0.1 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
@@ -70,40 +72,69 @@ def test_rematerialisation_changes_nothing(denoiser, remat):
         torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-6)
 
 
-def counted(network):
-    def count(x, t):
-        count.calls += 1
-        return network(x, t)
+class Counted(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.calls = network, 0
 
-    count.calls = 0
-    return count
+    def forward(self, x, t):
+        self.calls += 1
+        return self.network(x, t)
 
 
 @pytest.mark.parametrize(
-    ("remat", "calls"), [("none", 4), ("denoiser", 7), ("every(2)", 6), ("every(3)", 5), ("budget(1GB)", 6)]
+    ("remat", "calls"), [("none", 4), ("denoiser", 7), ("every(2)", 6), ("every(3)", 5), ("budget(1GB)", 4)]
 )
 def test_the_network_calls_of_a_policy(mixture, remat, calls):
-    """The first call has no input that needs a gradient, so it is never computed again. Budget: two calls measure."""
-    network, x_T = counted(mixture), torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    """The first call has no input that needs a gradient: it is never computed again, and serves to measure."""
+    network, x_T = Counted(mixture), torch.randn(2, 1, 2, 2, dtype=torch.float64)
     sampler = moved_sampler(mixture.schedule)
     sampler(network, x_T, noise=torch.zeros(3, *x_T.shape, dtype=torch.float64), remat=remat).sum().backward()
     assert network.calls == calls
 
 
 def test_a_budget_keeps_what_fits(mixture):
-    """Calls 1, 2 and 3 have a gradient; each takes what `activation_bytes` says, and the last ones are kept."""
+    """Calls 1, 2 and 3 have a gradient; each takes what was measured of the first, and the last ones are kept."""
     x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64)
-    size = activation_bytes(mixture, x_T, torch.tensor([500.0]))
+    size = measured_call(mixture, x_T, torch.full((2,), 500.0))[1]
     assert size > x_T.nbytes
-    assert activation_bytes(mixture, x_T.repeat(3, 1, 1, 1), torch.tensor([500.0])) == 3 * size
     for kept, again in ((0, 3), (1, 3 - 1), (2, 3 - 2), (3, 0)):
         recomputed = MemoryBudget(num_bytes=kept * size + 1).recomputed(4, lambda: size)
         assert recomputed == [True] * (4 - kept) + [False] * kept
-        network = counted(mixture)
+        network = Counted(mixture)
         sampler = moved_sampler(mixture.schedule)
         noise = torch.zeros(3, *x_T.shape, dtype=torch.float64)
         sampler(network, x_T, noise=noise, remat=f"budget({kept * size + 1}B)").sum().backward()
-        assert network.calls == 2 + 4 + again
+        assert network.calls == 4 + again
+
+
+def test_what_a_call_keeps_grows_with_the_batch_and_holds_no_weights(denoiser):
+    """The output is the network's; of another batch, the same bytes per image; and then they are gone."""
+    x, t, alive = torch.randn(6, 1, 8, 8), torch.full((6,), 500.0), []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: alive.append(weakref.ref(output)))
+        for module in denoiser.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    output, size = measured_call(denoiser, x, t)
+    for hook in hooks:
+        hook.remove()
+    assert alive
+    assert not any(each() is not None for each in alive)
+    assert not output.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(output, denoiser(x, t))
+    assert size == 3 * measured_call(denoiser, x[:2], t[:2])[1]
+
+
+def test_a_start_with_a_gradient_has_it_under_a_budget(mixture):
+    """The call that measures is then made again, with its graph."""
+    slopes = []
+    for remat in ("none", "budget(1GB)"):
+        x_T = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x_0 = moved_sampler(mixture.schedule)(mixture, x_T, noise=torch.zeros(3, *x_T.shape).double(), remat=remat)
+        slopes.append(torch.autograd.grad(x_0.square().sum(), x_T)[0])
+    assert torch.equal(*slopes)
 
 
 def test_rematerialisation_keeps_the_states_alone(denoiser):

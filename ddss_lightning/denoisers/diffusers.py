@@ -197,15 +197,49 @@ def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[i
     return (config.out_channels, height * factor, width * factor)
 
 
+def _read_config(base: Any, path: str, subfolder: str = "", **kwargs: str) -> dict[str, Any] | None:  # noqa: ANN401
+    """A configuration file, as `base` names it, of a local folder or of a model on the hub; None if it has none.
+
+    Raises:
+        OSError: it is damaged, or the hub did not say whether there is one: no connection, no access, a fault there.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name = f"{subfolder}/{base.config_name}" if subfolder else base.config_name
+    if Path(path).is_dir() and not Path(path, name).is_file():
+        return None
+    try:
+        config: dict[str, Any] = base.load_config(path, subfolder=subfolder or None, **kwargs)
+    except OSError as error:
+        # The texts of diffusers say of most causes that there is no such file.
+        cause = error.__cause__ or error.__context__ or error
+        if isinstance(cause, LocalEntryNotFoundError):
+            where = {option: kwargs[option] for option in ("cache_dir", "revision") if option in kwargs}
+            if try_to_load_from_cache(path, name, **where) is _CACHED_NO_EXIST:
+                return None
+        elif isinstance(cause, EntryNotFoundError):
+            return None
+        raise OSError(f"'{name}' could not be read: {cause}") from error
+    return config
+
+
 def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Module | None]:
     """The network, the scheduler by the class that its configuration names, and the decoder of a latent model."""
     import diffusers
 
     def config_of(subfolder: str, base: Any) -> tuple[dict[str, Any], dict[str, str]]:  # noqa: ANN401
-        try:
-            return base.load_config(path, subfolder=subfolder, **kwargs), {"subfolder": subfolder, **kwargs}
-        except OSError:
-            return base.load_config(path, **kwargs), dict(kwargs)
+        problem: OSError | None = None
+        for where in ({"subfolder": subfolder, **kwargs}, kwargs):
+            try:
+                config = _read_config(base, path, **where)
+            except OSError as error:
+                # Of a hub out of reach, the other one may be in the cache.
+                problem = problem or error
+            else:
+                if config is not None:
+                    return config, where
+        raise problem or OSError(f"it has no '{base.config_name}', neither in '{subfolder}' nor at the top")
 
     unet_config, where = config_of("unet", diffusers.UNet2DModel)
     name = unet_config.get("_class_name", "UNet2DModel")
@@ -225,10 +259,8 @@ def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:
     """The first-stage model that the pipeline's `model_index.json` names, if any."""
     import diffusers
 
-    try:
-        index = diffusers.DiffusionPipeline.load_config(path, **kwargs)
-    except OSError:  # a network and a scheduler without a pipeline
-        return None
+    # Without the file: a network and a scheduler without a pipeline.
+    index = _read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}
     for part in ("vqvae", "vae"):
         if index.get(part, (None, None))[1] is not None:
             decoder: nn.Module = getattr(diffusers, index[part][1]).from_pretrained(

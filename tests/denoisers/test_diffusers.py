@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from diffusers import (
     LDMPipeline,
     UNet2DModel,
 )
+from huggingface_hub import errors
 from lightning.pytorch import Trainer
 from torch._dynamo.testing import CompileCounter
 
 from ddss_lightning import DDSSModule, DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.remat import measured_call
 from tests.conftest import DDPM
 
 
@@ -56,6 +59,10 @@ def test_missing_and_damaged_folders(tmp_path, monkeypatch):
     (tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"could not be loaded"):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
+    shutil.copytree(DDPM, tmp_path / "n")
+    (tmp_path / "n" / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"could not be loaded: 'model_index\.json' could not be read: Expecting"):
+        DiffusersDenoiser.from_pretrained(str(tmp_path / "n"))
 
 
 def test_wrong_size_and_learned_variance(denoiser):
@@ -126,6 +133,28 @@ def test_labels_and_guidance(labelled):
     # The given one is as it was, and both are the same network.
     assert labelled.labels is None
     assert labelled.with_labels(labels).fingerprint() == labelled.fingerprint()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_budget_of_memory_with_labels(labelled, guidance_scale):
+    """A network that takes no batch but that of its labels is measured on it. Guidance doubles what is kept, and the
+    doubled state is kept too.
+    """
+    network = labelled.with_labels(torch.tensor([0, 1, 2, 0]), guidance_scale)
+    x_T, noise = torch.randn(4, 1, 4, 4), torch.randn(3, 4, 1, 4, 4)
+    size = measured_call(network, x_T, torch.full((4,), 500.0))[1]
+    plain = measured_call(labelled, x_T, torch.full((4,), 500.0))[1]
+    assert size == (plain if guidance_scale == 1 else 2 * plain + 2 * x_T.nbytes)
+    gradients, calls = [], []
+    hook = labelled.unet.register_forward_hook(lambda *_: calls.append(1))
+    for remat in ("none", f"budget({2 * size}B)"):
+        sampler = GGDMSampler(labelled.schedule, 4)
+        sampler(network, x_T, noise=noise, remat=remat).square().sum().backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in sampler.parameters()]))
+    hook.remove()
+    # Of the three calls that have a gradient, two are kept.
+    assert len(calls) == 4 + 4 + 1
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
 
 
 def test_labelled_networks_are_saved_and_read(labelled, tmp_path):
@@ -203,6 +232,69 @@ def test_a_sampler_of_a_latent_model_learns(latent_folder, features, tmp_path):
         ).fit(module, DigitsDataModule(batch_size=6, steps_per_epoch=1))  # fmt: skip
     assert (gradients[0] != 0).all()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The models in `tmp_path` as those of the hub; `faults`: what it answers to the names of files instead."""
+    faults = {}
+
+    def download(repo_id, filename, subfolder=None, **_):
+        name = f"{subfolder}/{filename}" if subfolder else filename
+        path = tmp_path / repo_id / name
+        if error := faults.get(name, None if path.is_file() else NOT_THERE):
+            raise error
+        return str(path)
+
+    for module in ("configuration_utils", "utils.hub_utils"):
+        monkeypatch.setattr(f"diffusers.{module}.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return faults
+
+
+def answer(kind, status, text):
+    """An error of the hub; its class of responses differs between versions of the library."""
+    response = SimpleNamespace(headers={}, status_code=status, request=None)
+    return kind(text, response=response)
+
+
+NOT_THERE = answer(errors.RemoteEntryNotFoundError, 404, "404 Client Error.\n\nEntry Not Found")
+NO_CONNECTION = errors.LocalEntryNotFoundError("Please check your connection")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NO_CONNECTION, "Please check your connection"),
+        (answer(errors.GatedRepoError, 401, "401 Client Error.\n\nGated"), "401 Client Error. Gated"),
+        (answer(errors.HfHubHTTPError, 503, "503 Server Error"), "503 Server Error"),
+        (OSError("No space left on device"), "No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json"])
+def test_a_hub_that_does_not_answer_makes_no_pixel_model(hub, latent_folder, tmp_path, name, error, reason):
+    shutil.copytree(latent_folder, tmp_path / "owner" / "model")
+    assert DiffusersDenoiser.from_pretrained("owner/model").image_shape == (1, 8, 8)
+    hub[name] = error
+    with pytest.raises(
+        ValueError, match=f"^The diffusion model in 'owner/model' .* '{name}' could not be read: {reason}"
+    ):
+        DiffusersDenoiser.from_pretrained("owner/model")
+
+
+def test_a_model_of_the_hub_without_a_pipeline(hub, tmp_path, denoiser):
+    """It has no `model_index.json`, which is also known offline to a cache that was told so."""
+    shutil.copytree(DDPM, tmp_path / "owner" / "model")
+    (tmp_path / "owner" / "model" / "model_index.json").unlink()
+    assert DiffusersDenoiser.from_pretrained("owner/model").fingerprint() == denoiser.fingerprint()
+    hub["model_index.json"] = NO_CONNECTION
+    with pytest.raises(ValueError, match=r"'model_index\.json' could not be read"):
+        DiffusersDenoiser.from_pretrained("owner/model")
+    cache = tmp_path / "cache" / "models--owner--model"
+    for path, text in (("refs/main", "abc"), (".no_exist/abc/model_index.json", "")):
+        (cache / path).parent.mkdir(parents=True)
+        (cache / path).write_text(text)
+    assert DiffusersDenoiser.from_pretrained("owner/model").vae is None
 
 
 def test_what_a_decoder_gets_and_gives():
