@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class FormulaAnchor(nn.Module):
         self.solver, self.schedule, self.prediction_type = solver, schedule, prediction_type
         self.register_buffer("logsnrs_0", schedule.logsnr(timesteps), persistent=False)
         self.register_buffer("angles_0", ddim_noise_angles(self.logsnrs_0, eta), persistent=False)
-        self.coefficients(torch.zeros(()), torch.zeros(()))
+        self.coefficients(*torch.zeros(3))
 
     def logsnrs(self, log_factors: Tensor) -> Tensor:
         """Half log-SNRs, shape (K,), increasing: the gaps are multiplied by exp(log_factors)."""
@@ -44,16 +45,18 @@ class FormulaAnchor(nn.Module):
 
     def timesteps(self, log_factors: Tensor, offsets: Tensor) -> Tensor:
         """Times shown to the network, shape (K,): at the half log-SNRs plus offsets, never increasing."""
-        logsnrs = self.logsnrs(log_factors)
+        return self._timesteps(self.logsnrs(log_factors), offsets)
+
+    def _timesteps(self, logsnrs: Tensor, offsets: Tensor) -> Tensor:
         return self.schedule.timestep(torch.cat([logsnrs[:1], logsnrs[1:] + offsets]).cummax(0).values)
 
-    def coefficients(self, log_factors: Tensor, angles: Tensor) -> Coefficients:
-        """The solver's formula at moved half log-SNRs, with moved noise angles, see `anchor_formula`."""
+    def coefficients(self, log_factors: Tensor, angles: Tensor, offsets: Tensor) -> Coefficients:
+        """The solver's formula at moved half log-SNRs, with moved noise angles, see `anchor_formula`, and times."""
         logsnrs = self.logsnrs(log_factors)
         mu, nu, std = anchor_formula(self.solver, self.schedule, logsnrs, self.angles_0 + angles)
         alpha, sigma = self.schedule.scales(logsnrs)
         pred = prediction_pair(self.prediction_type, alpha, sigma)
-        timesteps = self.timesteps(log_factors, torch.zeros_like(logsnrs[1:]))
+        timesteps = self._timesteps(logsnrs, offsets)
         return Coefficients(mu, nu, std, pred, timesteps, prior=torch.stack([alpha[0], sigma[0]]))
 
 
@@ -101,13 +104,16 @@ class ImportedAnchor(nn.Module):
 
     def timesteps(self, log_factors: Tensor, offsets: Tensor) -> Tensor:
         """Times shown to the network, shape (K,): the given ones, moved by offsets of their half log-SNR."""
-        timesteps, logsnrs = self.start().timesteps, self.logsnrs(log_factors)
+        timesteps = self.start().timesteps
+        if offsets.ndim == 0:
+            return timesteps
+        logsnrs = self.logsnrs(log_factors)
         moved = self.schedule.timestep(logsnrs[1:] + offsets) - self.schedule.timestep(logsnrs[1:])
         return torch.cat([timesteps[:1], timesteps[1:] + moved])
 
-    def coefficients(self, log_factors: Tensor, angles: Tensor) -> Coefficients:  # noqa: ARG002
-        """The given numbers with moved noise angles."""
-        start = self.start()
+    def coefficients(self, log_factors: Tensor, angles: Tensor, offsets: Tensor) -> Coefficients:
+        """The given numbers with moved noise angles and times."""
+        start = replace(self.start(), timesteps=self.timesteps(log_factors, offsets))
         if angles.ndim == 0:
             return start
         # A state without noise stays without: its angle is 0.

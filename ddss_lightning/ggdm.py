@@ -285,7 +285,7 @@ class GGDMSampler(nn.Module):
         """The sampler's numbers, float64, differentiable with respect to everything that is learned."""
         anchored = self.config["parametrization"] == "anchored"
         angles = self._correction("std") if anchored else torch.zeros((), dtype=torch.float64)
-        start = self.anchor.coefficients(self._correction("logsnr"), angles)
+        start = self.anchor.coefficients(self._correction("logsnr"), angles, self._correction("time"))
         mu, std, pred = start.mu, start.std, start.pred
         if "mu" in self.corrections:
             rows, columns = torch.tril_indices(self.num_steps, self.num_steps, device=mu.device)
@@ -298,7 +298,7 @@ class GGDMSampler(nn.Module):
             a, marginal_std = marginals(mu, nu, std, start.prior)
             pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1])
         pred = pred + self._correction("pred")
-        return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred, timesteps=self.timesteps())
+        return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred)
 
     def forward(
         self,

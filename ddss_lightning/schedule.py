@@ -109,7 +109,7 @@ class NoiseSchedule(nn.Module):
 
     def logsnr(self, timestep: Tensor) -> Tensor:
         """Half log-SNR lambda_t at real-valued t between the first and the last timestep; constant outside."""
-        timestep = timestep.double().clamp(float(self.grid[0]), float(self.grid[-1]))
+        timestep = timestep.double().clamp(self.grid[0], self.grid[-1])
         left = torch.searchsorted(self.grid, timestep.detach().contiguous(), right=True) - 1
         left = left.clamp(0, self.num_train_timesteps - 2)
         fraction = (timestep - self.grid[left]) / (self.grid[left + 1] - self.grid[left])
@@ -117,7 +117,7 @@ class NoiseSchedule(nn.Module):
 
     def timestep(self, logsnr: Tensor) -> Tensor:
         """The real-valued t with lambda_t = `logsnr`; constant outside the range of the table."""
-        logsnr = logsnr.double().clamp(float(self.table[-1]), float(self.table[0]))
+        logsnr = logsnr.double().clamp(self.table[-1], self.table[0])
         left = torch.searchsorted(-self.table, -logsnr.detach().contiguous(), right=True) - 1
         left = left.clamp(0, self.num_train_timesteps - 2)
         low, high = self.table[left], self.table[left + 1]

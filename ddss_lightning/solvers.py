@@ -119,12 +119,13 @@ def anchor_formula(
     angles = torch.where(angles >= 0, angles, -angles)
     state_weight = sigma_next * angles.cos() / sigma
     data_weight = alpha_next - alpha * state_weight
-    predictions = torch.diag(data_weight)
     if solver == "dpmpp_2m" and len(logsnrs) > 2:
         steps = logsnrs.diff()
         extrapolation = torch.nn.functional.pad(steps[1:] / (2 * steps[:-1]), (1, 1))
-        predictions = torch.diag(data_weight * (1 + extrapolation))
-        predictions = predictions - torch.diag((data_weight * extrapolation)[1:], -1)
+        past = data_weight * extrapolation
+        predictions = torch.diag(data_weight + past) - torch.diag(past[1:], -1)
+    else:
+        predictions = torch.diag(data_weight)
     mu, nu = ggdm_form(state_weight, predictions)
     return mu, nu, sigma_next * angles.sin()
 
@@ -144,8 +145,6 @@ def ggdm_form(state_weight: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor
     Returns:
         mu, shape (K, K), lower triangular, and nu, shape (K,).
     """
-    nu = predictions.diagonal()
-    current = torch.diag(state_weight)
-    shift = torch.diag(torch.ones_like(state_weight[1:]), 1)
     history = torch.linalg.solve_triangular(predictions, predictions.tril(-1), upper=False, left=False)
-    return (current + history @ (shift - current)).tril(), nu
+    shifted = torch.nn.functional.pad(history[:, :-1], (1, 0))  # L B^-1 S
+    return (torch.diag(state_weight) + shifted - history * state_weight).tril(), predictions.diagonal()

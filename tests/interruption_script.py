@@ -72,6 +72,15 @@ class Killer(Callback):
             return loss(*arguments) * (torch.nan if bad else 1.0)
 
         pl_module.loss.forward = not_finite
+        score = pl_module.validation_step
+
+        def told(batch, batch_idx):
+            # Before the first step only `SampleQuality` makes images: those of the initial sampler.
+            if self.plan and self.plan["place"] == "the initial sampler" and batch_idx == 1:
+                self.kill(trainer)
+            return score(batch, batch_idx)
+
+        pl_module.validation_step = told
         # A minute a step, so that checkpoints do not depend on the machine.
         interruption.time = SimpleNamespace(monotonic=lambda: 60.0 * trainer.global_step)
 

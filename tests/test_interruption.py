@@ -76,6 +76,11 @@ def test_three_times_killed_is_bit_equal(tmp_path, whole):
     assert_bit_equal(whole, tmp_path / "fit", run(tmp_path / "fit", 1, plans))
 
 
+def test_told_to_stop_while_the_initial_sampler_is_scored(tmp_path, whole):
+    plan = {"signal": "SIGTERM", "place": "the initial sampler"}
+    assert_bit_equal(whole, tmp_path / "fit", run(tmp_path / "fit", 1, [plan]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ten_times_killed_is_bit_equal(tmp_path, whole, seed):
@@ -99,6 +104,12 @@ def test_ten_times_killed_on_two_processes(tmp_path):
     assert_equal_to_1e_6(two, run(tmp_path / "fit", 2, plans_of(3, 10, places, ranks=2)))
     plan = {"signal": "SIGKILL", "steps": 5, "place": "saving"}
     assert_equal_to_1e_6(two, run(tmp_path / "saving", 2, [plan]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_is_told_while_the_initial_sampler_is_scored(tmp_path, rank):
+    """Both stop, and the same command starts again."""
+    run(tmp_path / "fit", 2, [{"signal": "SIGTERM", "place": "the initial sampler", "rank": rank}])
 
 
 def test_a_loss_that_is_nan_on_one_of_two_processes(tmp_path):

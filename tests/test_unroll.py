@@ -1,3 +1,4 @@
+import warnings
 import weakref
 
 import pytest
@@ -227,6 +228,31 @@ def test_states_stay_float32_under_autocast(denoiser):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         image = sampler(network, x_T, noise=noise)
     assert {*seen, image.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_chain_is_no_less_precise_under_autocast(schedule, grad):
+    """All but the network: the same bits with it and without."""
+    sampler, x_T, noise = moved_sampler(schedule), torch.randn(4, 3, 8, 8), torch.randn(3, 4, 3, 8, 8)
+    with torch.set_grad_enabled(grad):
+        expected = sampler(lambda x, _: x, x_T, noise=noise)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sampler(lambda x, _: x, x_T, noise=noise), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_reported(schedule, value):
+    x_T = torch.randn(4, 1, 8, 8)
+    x_T[2, 0, 3, 3] = value
+    with torch.no_grad(), pytest.warns(UserWarning, match="made images that are not finite"):
+        GGDMSampler(schedule, 2)(lambda x, _: x, x_T)
+    # Its sum has no place in float16.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x_0 = GGDMSampler(schedule, 1, prediction_type="sample")(
+            lambda x, _: torch.full_like(x, 6e4), torch.randn(4, 1, 8, 8, dtype=torch.float16)
+        )
+    assert x_0.isfinite().all()
 
 
 def test_stochastic_sampler_draws_from_the_generator(mixture):

@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -20,6 +22,40 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ddss_lightning.files import replacing
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NOTHING_LEARNED = "nothing was learned since the start. To start again: the same command"
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[list[signal.Signals]]:
+    """In this context SIGTERM only adds itself to the list.
+
+    In place of Lightning's handler, which calls collectives of its own at whatever point a process is.
+    """
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(signal.SIGTERM))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def agreed(trainer: Trainer, wish: bool) -> bool:
+    """Whether any process wishes it. To be called on all processes."""
+    return trainer.strategy.reduce_boolean_decision(wish, all=False)
+
+
+def stop(trainer: Trainer, number: signal.Signals, what: str) -> NoReturn:
+    """End the process, with a line that says what was kept. To be called on all processes.
+
+    Raises:
+        SIGTERMException: always.
+    """
+    rank_zero_info(f"{number.name} after step {trainer.global_step}: {what}.")
+    # One process speaks for all: its launcher kills the main process when another one ends with an error.
+    raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -82,24 +118,22 @@ class Interruption(ModelCheckpoint):
         """Listen to signals. The Trainer puts its own handlers back when the fit ends, however it ends."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
-        # Lightning's handler took what came while the initial sampler was scored.
+        # Lightning's handler took what came before.
         self.received = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
             # In place of Lightning's handler, which calls collectives of its own at whatever point a process is.
             self._interrupt = signal.getsignal(signal.SIGINT) or signal.default_int_handler
             for number in SIGNALS:
                 signal.signal(number, self._receive)
-        if self._agreed(trainer, self.received is not None):
-            self._stop(trainer, "nothing was learned yet")
+        self._stop_if_told(trainer, NOTHING_LEARNED)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.received = signal.Signals(number)
         signal.signal(signal.SIGINT, self._interrupt)
 
-    @staticmethod
-    def _agreed(trainer: Trainer, wish: bool) -> bool:
-        """Whether any process wishes it."""
-        return trainer.strategy.reduce_boolean_decision(wish, all=False)
+    def _stop_if_told(self, trainer: Trainer, what: str) -> None:
+        if agreed(trainer, self.received is not None):
+            stop(trainer, self.received or signal.SIGTERM, what)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -118,7 +152,7 @@ class Interruption(ModelCheckpoint):
     ) -> None:
         due = time.monotonic() - self._saved_at >= 60 * self.minutes
         # A checkpoint before a validation would leave it out; there is one after the epoch, or after the next step.
-        if self._agreed(trainer, due or self.received is not None) and not _validation_follows(trainer, batch_idx):
+        if agreed(trainer, due or self.received is not None) and not _validation_follows(trainer, batch_idx):
             self._save_and_stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -130,18 +164,11 @@ class Interruption(ModelCheckpoint):
             self.best_model_path = self.last_model_path = self.path
             self._save_checkpoint(trainer, self.path)
             self._saved_at = time.monotonic()
-        if self._agreed(trainer, self.received is not None):
-            self._stop(
-                trainer,
-                f"saved '{self.path}'. To go on: the same command with --ckpt_path='{self.path}', or "
-                f"Trainer.fit(..., ckpt_path='{self.path}')",
-            )
-
-    def _stop(self, trainer: Trainer, what: str) -> None:
-        number = self.received or signal.SIGTERM
-        rank_zero_info(f"{number.name} after step {trainer.global_step}: {what}.")
-        # One process speaks for all: its launcher kills the main process when another one ends with an error.
-        raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
+        self._stop_if_told(
+            trainer,
+            f"saved '{self.path}'. To go on: the same command with --ckpt_path='{self.path}', or "
+            f"Trainer.fit(..., ckpt_path='{self.path}')",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a checkpoint does not depend on where it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ddss_lightning.callbacks.interruption import NOTHING_LEARNED, agreed, sigterm_noted, stop
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.ggdm import CARD_NAME
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
@@ -95,8 +97,9 @@ class SampleQuality(Callback):
     """Score the sampler at the end of each validation epoch; keep and save the best.
 
     Before the first training step the initial sampler is scored in the same way: it is candidate 0, so that the
-    result of a fit is never worse, on the held-out noise, than the solver it started from. The best sampler is
-    written whenever it improves, and is the module's sampler when fit ends.
+    result of a fit is never worse, on the held-out noise, than the solver it started from. SIGTERM ends that after the
+    batch that is under way, and with it the process. The best sampler is written whenever it improves, and is the
+    module's sampler when fit ends.
 
     It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`. A judge, a second feature
     network, sees the same images; its scores, `val/judge_fid` and so on, select nothing. If any image is not finite,
@@ -203,12 +206,18 @@ class SampleQuality(Callback):
         loader = getattr(getattr(trainer, "datamodule", None), "val_dataloader", None)
         if self.initial or loader is None or not trainer.enable_validation:
             return
-        self._begin(pl_module)
         limit = trainer.limit_val_batches
         batches = loader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
-        for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
-            self._update(pl_module.validation_step(batch, index), batch)
+        with sigterm_noted() as received:
+            self._begin(pl_module)
+            for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
+                if received:
+                    break
+                self._update(pl_module.validation_step(batch, index), batch)
+        # Before the scores, for which all processes wait for each other.
+        if agreed(trainer, bool(received)):
+            stop(trainer, signal.SIGTERM, NOTHING_LEARNED)
         self.initial = self._compute(trainer)
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)

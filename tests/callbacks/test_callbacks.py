@@ -1,4 +1,6 @@
+import logging
 import math
+import os
 import signal
 import types
 
@@ -10,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddss_lightning import GGDMSampler, Interruption, ResidualFeatures, SampleQuality, SamplerPictures
+from ddss_lightning import DigitsDataModule, GGDMSampler, Interruption, ResidualFeatures, SampleQuality, SamplerPictures
 from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
@@ -136,6 +138,33 @@ def test_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     trainer(tmp_path, 1, callbacks=[Interruption(dirpath=str(tmp_path))]).fit(make(), data())
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("others", [[], [Interruption]])
+def test_told_to_stop_while_the_initial_sampler_is_scored(tmp_path, caplog, others):
+    """After the batch that is under way: no score, no file, and a line that says how to go on."""
+    module, batches = make(), []
+    original = module.validation_step
+
+    def validation_step(batch, batch_idx):
+        batches.append(batch_idx)
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, batch_idx)
+
+    module.validation_step = validation_step
+    module.training_step = lambda *_: pytest.fail("a step was taken")
+    before = signal.getsignal(signal.SIGTERM)
+    callbacks = [SampleQuality(dirpath=str(tmp_path / "s")), *(each(dirpath=str(tmp_path)) for each in others)]
+    runner = trainer(tmp_path, 1, callbacks=callbacks, enable_checkpointing=bool(others))
+    samples = DigitsDataModule(batch_size=16, steps_per_epoch=2, num_val_images=24, eval_batch_size=4)
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as ended:
+        runner.fit(module, samples)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert batches == [0, 1]
+    assert not list(tmp_path.rglob("*"))
+    assert "SIGTERM after step 0: nothing was learned since the start. To start again: the same command." in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_images_that_are_not_finite_give_no_score_and_end_nothing(tmp_path):
