@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint bench bench-chain
+.PHONY: demo test test-all lint bench bench-chain benchmark-digits benchmark-glyphs
 
 # pyproject.toml changed: install again into the same environment.
 $(READY): pyproject.toml
@@ -23,9 +23,18 @@ test: $(READY)
 test-all: $(READY) lint
 	$(BIN)/python -m pytest -q -m ""
 
+# Which loss, which parametrisation; then the headline. Hours on two cores; finished runs are kept, see recipes/README.md.
+benchmark-digits: $(READY)
+	for sweep in digits mixture; do \
+		$(BIN)/python recipes/benchmark.py recipes/sweeps/$$sweep.yaml --output runs/benchmark-$$sweep || exit 1; \
+	done
+
+benchmark-glyphs: $(READY)
+	$(BIN)/python recipes/benchmark.py recipes/sweeps/glyphs.yaml --output runs/benchmark-glyphs
+
 # Time and memory; results go to benchmarks/results. An hour on one core, most of it in the last two.
 bench: bench-chain
-	for part in fid compare optimizers; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+	for part in fid compare precision; do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
 # What depends on the machine most. On a GPU: make bench-chain BENCH="--device cuda --precision bfloat16 --network cifar10"
 bench-chain: $(READY)

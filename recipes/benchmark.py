@@ -10,7 +10,8 @@ runs are kept, an interrupted one goes on where it stopped. Then `ddss compare` 
 sweep's solvers, on the same noise.
 
 It writes into the output folder: `<setting>/<steps>-<seed>/` (recipe, logs, sampler, `run.json`), `plan.md`,
-`learning.md`, `learning.png` (validation FID against network calls), and `compare/`.
+`learning.md`, `learning.png` (validation FID against network calls), and `compare/` (all steps on the seeds that they
+share; `compare-<steps>/` on more seeds, where there are more).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,10 +36,9 @@ from rich.console import Console
 
 from ddss_lightning.cli import DDSSCommandLine, command_line
 from ddss_lightning.compare import Comparison, compare
+from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.files import replacing
-from ddss_lightning.module import DDSSModule
 from ddss_lightning.pictures import save_figure
-from ddss_lightning.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sweep:
         settings: name -> what it changes in the base recipe.
         common: what all runs change.
         validations: how often an Adam run is validated; Gauss-Newton is after each step.
-        only: setting -> the steps and seeds that it is run for, where not for all.
+        only: setting -> steps -> seeds that it is run for, where not for all.
         compare: arguments of `Comparison`: `solvers`, `num_images`, `selection_images`, `judge`.
     """
 
@@ -63,18 +64,21 @@ class Sweep:
     settings: dict[str, dict[str, Any]]
     common: dict[str, Any] = field(default_factory=dict)
     validations: int = 8
-    only: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    only: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     compare: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> Sweep:
-        """From a file.
+        """From a file; `extends` names another one beside it, whose values hold where this one has none.
 
         Raises:
             SystemExit: no such file, or one that is no sweep.
         """
         try:
-            sweep = Sweep(**yaml.safe_load(path.read_text()))
+            content = yaml.safe_load(path.read_text())
+            if "extends" in content:
+                content = merged(yaml.safe_load((path.parent / content.pop("extends")).read_text()), content)
+            sweep = Sweep(**content)
         except (OSError, TypeError, yaml.YAMLError) as error:
             raise SystemExit(f"'{path}' is no sweep: {error}") from None
         for steps in sweep.steps:
@@ -109,34 +113,10 @@ def runs_of(sweep: Sweep, output: Path) -> list[Run]:
     for seed in sweep.seeds:
         for steps in sweep.steps:
             for setting in sweep.settings:
-                only = sweep.only.get(setting, {})
-                if steps in only.get("steps", sweep.steps) and seed in only.get("seeds", sweep.seeds):
+                if seed in sweep.only.get(setting, {}).get(steps, sweep.seeds):
                     folder = output / re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-") / f"{steps}-{seed}"
                     found.append(Run(setting, steps, seed, folder))
     return found
-
-
-def calls_per_step(module: DDSSModule) -> int:
-    """Network calls of one optimiser step: forward passes, and gradients where there are any."""
-    num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
-    if method is None:
-        # The first call of a chain has no gradient.
-        return batch_size * (2 * num_steps - 1)
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    replay = Replay(lambda x, _t: x, module.sampler.coefficients(), zero, zero.expand(num_steps - 1, 1, 1))
-    with torch.no_grad():
-        for value in module.sampler.parameters():
-            for index in range(value.numel()):
-                value.view(-1)[index] += 1e-3
-                replay(module.sampler.coefficients())
-                value.view(-1)[index] -= 1e-3
-    images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
-    return replay.num_calls * batch_size + images * num_steps
-
-
-def teacher_calls(module: DDSSModule) -> int:
-    """Network calls that make the teacher's images."""
-    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
 
 
 def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
@@ -288,6 +268,32 @@ def plan(runs: list[Run], costs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{len(runs)} runs, {total:.1f} million network calls of learning.", ""])
 
 
+def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
+    """`ddss compare` of all steps on the seeds that all have, then of those with more seeds on all theirs."""
+    common = output / "common.yaml"
+    common.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
+    seeds: dict[int, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.steps, set()).add(run.seed)
+    shared = set.intersection(*seeds.values())
+    groups = {"compare": (sorted(seeds), shared)} if shared else {}
+    groups |= {f"compare-{steps}": ([steps], mine) for steps, mine in sorted(seeds.items()) if mine != shared}
+    for name, (steps, mine) in groups.items():
+        folder = output / name
+        if not (folder / "scores.json").exists() and (output / "compare" / "scores.json").exists():
+            # The same protocol: what is measured there is not measured again.
+            folder.mkdir(parents=True)
+            shutil.copyfile(output / "compare" / "scores.json", folder / "scores.json")
+        samplers = dict.fromkeys(
+            f"{run.setting}={run.folder.parent / f'{run.steps}-{{seed}}' / 'sampler'}"
+            for run in runs
+            if run.steps in steps and run.seed in mine
+        )
+        cli = command_line(["-c", sweep.base, "-c", str(common)], run=False)
+        settings = Comparison(steps=steps, seeds=sorted(mine), samplers=list(samplers), output=folder, **sweep.compare)
+        compare(cli.model, cli.datamodule, cli.trainer, settings)
+
+
 def main() -> None:
     """Plan, learn, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,15 +336,7 @@ def main() -> None:
     console.print(f"learned: '{given.output / 'learning.md'}', '{given.output / 'learning.png'}'")
     if given.no_compare:
         return
-    samplers = dict.fromkeys(f"{run.setting}={run.folder.parent / f'{run.steps}-{{seed}}' / 'sampler'}" for run in runs)
-    common = given.output / "common.yaml"
-    common.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
-    cli = command_line(["-c", sweep.base, "-c", str(common)], run=False)
-    settings = Comparison(
-        steps=sorted({run.steps for run in runs}), seeds=sorted({run.seed for run in runs}),
-        samplers=list(samplers), output=given.output / "compare", **sweep.compare,
-    )  # fmt: skip
-    compare(cli.model, cli.datamodule, cli.trainer, settings)
+    score(sweep, runs, given.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ddss_lightning.cli import main
+from ddss_lightning.cli import command_line, main
 from tests.conftest import DDPM, ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -30,7 +30,42 @@ def test_every_recipe_runs(recipe, tmp_path):
     if "gauss_newton" in recipe.read_text():
         few = [f"--model.gauss_newton.{name}_images=8" for name in ("residual", "trial")]
         flags += [*few, "--sampler.learn=[time]"]
+    if "Glyphs" in recipe.read_text():
+        flags += ["--data.num_images=100", f"--data.cache_dir={tmp_path}"]
     main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
+
+
+LOSSES = {
+    "linear": ["--loss.kernel=linear", "--loss.real=batch"],
+    "frechet": ["--loss=FrechetLoss", "--loss.decay=0.5"],
+    "teacher_features": ["--loss=TeacherLoss", "--loss.distance=features"],
+    "loss": ["--config={tmp_path}/sum.yaml", "--model.teacher.relax_radius=0.5", "--loss.weights.x=2.0"],
+}
+SUM = """
+loss:
+  class_path: ddss_lightning.WeightedSum
+  init_args:
+    losses:
+      kid: {class_path: ddss_lightning.KIDLoss}
+      x: {class_path: ddss_lightning.TeacherLoss, init_args: {distance: l2}}
+    weights: {kid: 0.5, x: 1.0}
+"""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_by_the_command_line(tmp_path, name):
+    (tmp_path / "sum.yaml").write_text(SUM)
+    flags = [flag.format(tmp_path=tmp_path) for flag in LOSSES[name]]
+    if name in ("teacher_features", "loss"):
+        settings = {"num_pairs": 16, "num_steps": 3, "cache_dir": tmp_path}
+        flags += [f"--model.teacher.{key}={value}" for key, value in settings.items()]
+    cli = command_line(quick("fit", tmp_path, *flags, "--trainer.log_every_n_steps=1"))
+    logged = {"linear": {"kid"}, "loss": {"loss", "kid", "x"}}.get(name, {name})
+    assert {f"train/{each}" for each in logged} <= set(cli.trainer.logged_metrics)
+    assert ("train/kid" in cli.trainer.logged_metrics) == ("kid" in logged)
+    (saved,) = tmp_path.rglob("config.yaml")
+    weights = yaml.safe_load(saved.read_text())["loss"]["init_args"].get("weights")
+    assert weights == ({"kid": 0.5, "x": 2.0} if name == "loss" else None)
 
 
 def test_fit_resume_validate_test_predict(tmp_path, caplog):
@@ -95,6 +130,9 @@ def error_of(capsys, arguments):
         (["--sampler.learn=[mu,sigma]"], "got sigma"),
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
         (["--loss.kernel=rbf"], "kernel: expected one of ['cubic', 'linear'], got rbf"),
+        (["--loss=TeacherLoss"], "The loss needs target of a teacher"),
+        (["--loss=TeacherLoss", "--loss.distance=l1"], "expected one of ['l2', 'features', 'lpips'], got l1"),
+        (["--model.teacher.relax_radius=-1"], "relax_radius must be a number of at least 0, got -1"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
         (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "not both"),
         (["--pretrained_sampler=no/such/sampler"], "No sampler in 'no/such/sampler'"),

@@ -47,6 +47,7 @@ ALLOWED = {
         "teacher",
     },
     "callbacks": {"features", "files", "ggdm", "images", "metrics", "module", "pictures"},
+    "cost": {"ggdm", "module", "replay"},
     "commands": {"ggdm", "pictures", "scheduler"},
     "compare": {
         "callbacks",

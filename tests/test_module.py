@@ -1,5 +1,6 @@
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from ddss_lightning import (
     DDSSModule,
     DiffusersDenoiser,
     DigitsDataModule,
+    FrechetLoss,
     GGDMSampler,
     Interruption,
     KIDLoss,
     NoiseSchedule,
     SampleQuality,
+    TeacherLoss,
+    TeacherPairs,
+    WeightedSum,
 )
 from ddss_lightning.data.digits import TensorImages, load_digits_tensors
 from ddss_lightning.ggdm import DEGREES
@@ -376,3 +381,79 @@ def test_no_real_images(tmp_path):
 def test_nothing_to_learn(tmp_path):
     with pytest.raises(ValueError, match="nothing to learn"):
         trainer(tmp_path, 1, enable_checkpointing=False).fit(make(sampler={"learn": ()}), data())
+
+
+def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(tmp_path):
+    """But for rounding: images are kept in 8 bits, and the student's are x + (rounded - x)."""
+    teacher = TeacherPairs(20, 3, stride="linear", cache_dir=str(tmp_path))
+    loss, seen = WeightedSum({"x": TeacherLoss(), "phi": TeacherLoss("features")}), {}
+    module = make(loss=loss, teacher=teacher)
+
+    def keep(_):
+        seen.update(loss.terms, norm=torch.stack([p.grad.norm() for p in module.sampler.parameters()]).norm())
+
+    module.on_before_optimizer_step = keep
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(steps=1))
+    assert all(value < 1e-5 for value in seen.values()), seen
+    module = make(loss=loss, teacher=TeacherPairs(20, 4, cache_dir=str(tmp_path)))
+    module.on_before_optimizer_step = keep
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(steps=1))
+    assert all(value > 1e-3 for value in seen.values()), seen
+
+
+def test_running_moments_and_moved_start_noise_resume_bit_for_bit(tmp_path):
+    """In the middle of the pairs' second epoch."""
+
+    def fit(folder, epochs, ckpt_path=None):
+        loss = WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss()})
+        module = make(loss=loss, teacher=TeacherPairs(50, 4, cache_dir=str(tmp_path), relax_radius=0.5))
+        keep = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        runner = trainer(tmp_path, epochs, callbacks=[keep], limit_val_batches=0)
+        runner.fit(module, data(), ckpt_path=ckpt_path)
+        return torch.load(tmp_path / folder / f"epoch={epochs - 1}.ckpt", weights_only=True)
+
+    whole = fit("whole", 3)
+    again = fit("again", 3, ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
+    assert whole["loss_memory"].keys() == {"frechet.mean", "frechet.second", "frechet.squared_weights"}
+    assert (whole["start_noise_offsets"].flatten(1).norm(dim=1) > 0).sum() > 48
+    for place in ("state_dict", "loss_memory"):
+        for name, value in whole[place].items():
+            assert torch.equal(value, again[place][name]), name
+    assert torch.equal(whole["start_noise_offsets"], again["start_noise_offsets"])
+    other = make(loss=TeacherLoss(), teacher=TeacherPairs(40, 4, cache_dir=str(tmp_path), relax_radius=0.5))
+    with pytest.raises(ValueError, match="start noise is of 50 teacher pairs, num_pairs is 40"):
+        trainer(tmp_path, 9, limit_val_batches=0).fit(other, data(), ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
+
+
+def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):
+    loss = WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss()})
+    module = make(loss=loss, teacher=TeacherPairs(16, 4, cache_dir=str(tmp_path), relax_radius=0.5))
+    original, seen = loss.forward, []
+    loss.forward = lambda samples: original(samples) * (torch.nan if module.global_step == 1 else 1.0)
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append((loss.memory()["frechet.mean"].clone(), module._offsets.clone()))
+
+    with pytest.warns(UserWarning, match="Step 1: the gradient is not finite; skipped"):
+        trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, callbacks=[Look()]).fit(module, data(3))
+    for first, second, equal in ((0, 1, True), (1, 2, False)):
+        for before, after in zip(seen[first], seen[second], strict=True):
+            assert torch.equal(before, after) == equal
+
+
+def test_a_teacher_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"needs target of a teacher: give teacher=TeacherPairs\(...\)"):
+        make(loss=TeacherLoss())
+    module = make(loss=TeacherLoss(), teacher=TeacherPairs(15, 4, cache_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"A batch of 16 images.* there are 15"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
+    assert list(tmp_path.glob("teacher-*")) == []
+
+
+def test_each_process_with_moments_of_its_own_is_refused():
+    module = make(loss=WeightedSum({"frechet": FrechetLoss()}), gather_features=False)
+    module._trainer = SimpleNamespace(world_size=2, datamodule=None)
+    module._real = torch.rand(9, 64)
+    with pytest.raises(ValueError, match="a loss with running moments needs gather_features=True"):
+        module.on_train_start()

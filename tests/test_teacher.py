@@ -139,5 +139,6 @@ def test_bad_arguments(mixture):
         TeacherPairs(relax_radius=-1)
     with pytest.raises(ValueError, match="relax_step must be above 0 and at most 1, got 0"):
         TeacherPairs(relax_step=0)
+    noisy = {"class_path": "diffusers.DDPMScheduler", "init_args": {"clip_sample": False}}
     with pytest.raises(ValueError, match="must be deterministic, but this anchor adds noise"):
-        TeacherPairs(num_steps=5, anchor={"class_path": "diffusers.DDPMScheduler"}).sampler(mixture)
+        TeacherPairs(num_steps=5, anchor=noisy).sampler(mixture)

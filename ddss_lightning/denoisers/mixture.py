@@ -26,13 +26,15 @@ class MixtureDenoiser(Denoiser):
     """
 
     means: Tensor
+    std: Tensor
 
     def __init__(self, means: Tensor, std: float, schedule: NoiseSchedule) -> None:
         super().__init__()
         if std < 0:
             raise ValueError(f"std must be at least 0, got {std}.")
         self.register_buffer("means", means)
-        self.std = std
+        # A buffer, so that it is part of the fingerprint.
+        self.register_buffer("std", torch.tensor(float(std), dtype=torch.float64))
         self.schedule = schedule
         self.prediction_type = "epsilon"
         self.image_shape = (means.shape[1], means.shape[2], means.shape[3])
@@ -43,7 +45,7 @@ class MixtureDenoiser(Denoiser):
         """The exact conditional mean of the noise, shape (N, C, H, W)."""
         alpha, sigma = (value.to(x_t)[:, None] for value in self.schedule.alpha_sigma(timestep))
         x, means = x_t.flatten(1), self.means.flatten(1).to(x_t)
-        variance = alpha.square() * self.std**2 + sigma.square()
+        variance = alpha.square() * float(self.std) ** 2 + sigma.square()
         # |x - alpha m|^2 without the term that all components share.
         logits = (alpha * (x @ means.T) - alpha.square() * means.square().sum(1) / 2) / variance
         mean = torch.softmax(logits, dim=1) @ means

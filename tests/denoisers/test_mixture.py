@@ -18,3 +18,9 @@ def test_noise_prediction_is_the_score(mixture):
 def test_negative_std(schedule):
     with pytest.raises(ValueError, match="std must be at least 0, got -1"):
         MixtureDenoiser(torch.zeros(1, 1, 2, 2), -1.0, schedule)
+
+
+def test_the_fingerprint_knows_the_width(schedule):
+    means = torch.zeros(1, 1, 2, 2)
+    prints = {MixtureDenoiser(means, std, schedule).fingerprint() for std in (0.1, 0.1, 0.2)}
+    assert len(prints) == 2

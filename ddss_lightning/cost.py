@@ -1,0 +1,45 @@
+"""What learning costs, in network calls."""
+
+from __future__ import annotations
+
+import torch
+
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.module import DDSSModule
+from ddss_lightning.replay import Replay
+
+
+def calls_per_step(module: DDSSModule) -> int:
+    """Network calls of one optimiser step on one process, each on one image.
+
+    A call counts as one, so does a gradient with respect to its input; a call that is made again in the backward pass
+    (`remat`, `microbatch_size`) is not counted again. For B = `batch_size` images and K steps an Adam step is
+    B (2 K - 1) calls: the first call of a chain needs no gradient, unless its start noise moves (`relax_radius`). For
+    a Gauss-Newton step see `difference_calls`, besides `residual_images` and, for the present sampler and each damping,
+    `trial_images`.
+    """
+    num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
+    if method is None:
+        relaxed = module.teacher is not None and module.teacher.relax_radius > 0
+        return batch_size * (2 * num_steps - (0 if relaxed else 1))
+    images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
+    return difference_calls(module.sampler) * batch_size + images * num_steps
+
+
+def teacher_calls(module: DDSSModule) -> int:
+    """Network calls that make the teacher's images; 0 without a teacher."""
+    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
+
+
+@torch.no_grad()
+def difference_calls(sampler: GGDMSampler) -> int:
+    """Calls of the differences of all numbers of a sampler, the undisturbed chain included: counted, see `Replay`."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    noise = zero.expand(sampler.num_steps - 1, 1, 1)
+    replay = Replay(lambda x, _timestep: x, sampler.coefficients(), zero, noise)
+    for value in sampler.parameters():
+        for index in range(value.numel()):
+            value.view(-1)[index] += 1e-3
+            replay(sampler.coefficients())
+            value.view(-1)[index] -= 1e-3
+    return replay.num_calls

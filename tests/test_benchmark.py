@@ -1,0 +1,94 @@
+"""Sweeps: planned, learned, compared; finished and interrupted work is kept."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("at_root")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The module that `python recipes/benchmark.py` runs."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
+    import benchmark
+
+    return benchmark
+
+
+SWEEP = {
+    "base": "recipes/digits_5.yaml",
+    "steps": [2, 3],
+    "seeds": [0, 1],
+    "only": {"first": {3: [0]}, "second": {3: [0]}},
+    "calls": {2: 200, 3: 1600},
+    "validations": 1,
+    "common": {
+        "model": {"batch_size": 8},
+        "data": {"init_args": {"num_val_images": 10, "num_test_images": 10}},
+        "trainer": {"enable_progress_bar": False, "enable_model_summary": False},
+    },
+    "settings": {
+        "first": {},
+        "second": {
+            "sampler": {"init_args": {"learn": ["time"]}},
+            "model": {
+                "ema_decay": 0,
+                "gauss_newton": {"residual_images": 8, "trial_images": 8, "dampings": [0.1]},
+            },
+        },
+    },
+    "compare": {"solvers": ["DDIM"], "num_images": 12, "selection_images": 10},
+}
+
+
+def run(benchmark, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+    benchmark.main()
+
+
+def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monkeypatch, tmp_path):
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(SWEEP))
+    run(benchmark, monkeypatch, path, "--output", output, "--plan")
+    assert "6 runs" in (output / "plan.md").read_text()
+    assert not list(output.glob("*/*/run.json"))
+
+    run(benchmark, monkeypatch, path, "--output", output)
+    made = {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
+    assert set(made) == {f"{s}/{cell}/run.json" for s in ("first", "second") for cell in ("2-0", "2-1", "3-0")}
+    found = json.loads((output / "first" / "2-0" / "run.json").read_text())
+    # 8 images x 3 calls and gradients a step, 200 calls in all.
+    assert (found["optimiser_steps"], found["network_calls"]) == (8, 192)
+    assert "| 2 | second | 1 |" in (output / "learning.md").read_text()
+    rows = json.loads((output / "compare" / "table.json").read_text())["rows"]
+    assert {(row["nfe"], row["sampler"], row["seed"]) for row in rows} == {
+        (nfe, name, 0) for nfe in (2, 3) for name in ("DDIM", "first", "second")
+    }
+    rows = json.loads((output / "compare-2" / "table.json").read_text())["rows"]
+    assert {(row["nfe"], row["seed"]) for row in rows} == {(2, 0), (2, 1)}
+
+    run(benchmark, monkeypatch, path, "--output", output, "--steps", 2)
+    assert made == {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
+
+
+def test_a_budget_that_does_not_suffice_and_names_that_are_unknown(benchmark, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SWEEP, "calls": {2: 10, 3: 10}}))
+    with pytest.raises(SystemExit, match="one optimiser step takes 24 network calls, the budget leaves 10"):
+        run(benchmark, monkeypatch, path, "--output", tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run(benchmark, monkeypatch, path, "--output", tmp_path / "out", "--settings", "third")
+    assert "'third' is not in" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is no sweep"):
+        run(benchmark, monkeypatch, tmp_path / "none.yaml", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_sweeps_can_be_read(benchmark, path):
+    sweep = benchmark.Sweep.read(path)
+    assert len(benchmark.runs_of(sweep, path.parent)) > len(sweep.steps)
