@@ -323,8 +323,12 @@ class Scorer:
         self.seeds = settings.seeds
         self.num_images = {"test": settings.num_images, "validation": settings.selection_images}
         datamodule.num_test_images, datamodule.num_val_images = settings.num_images, settings.selection_images
-        self.quality = SampleQuality(precision_recall=True, judge=judge)
-        trainer.callbacks = [self.quality, Progressed(advance)]  # type: ignore[attr-defined]
+        # To choose a spacing the FID is enough.
+        self.quality = {
+            "test": SampleQuality(precision_recall=True, judge=judge),
+            "validation": SampleQuality(fid_only=True),
+        }
+        self.progressed = Progressed(advance)
         trainer.loggers = []
 
     def key(self, candidate: Candidate, seed: int, split: str) -> str:
@@ -345,21 +349,22 @@ class Scorer:
         return images * placements[0].nfe
 
     def score(self, candidate: Candidate, seed: int, split: str) -> Cell:
-        """All scores on the noise of `split`: `test` or `validation`."""
+        """All scores on the noise of `split` `test`; on `validation` the FID alone."""
         key = self.key(candidate, seed, split)
         if key not in self.scores.cells:
             self.module.seed, self.module.sampler = seed, candidate.sampler.requires_grad_(False)
             self.module.averaged = self.module.sampler
-            run = self.trainer.test if split == "test" else self.trainer.validate
+            run, quality = self.trainer.test if split == "test" else self.trainer.validate, self.quality[split]
+            self.trainer.callbacks = [quality, self.progressed]  # type: ignore[attr-defined]
             run(self.module, datamodule=self.datamodule, verbose=False)
-            if self.quality.num_images != self.num_images[split]:
+            if quality.num_images != self.num_images[split]:
                 raise ValueError(
-                    f"{self.quality.num_images} images were scored, not {self.num_images[split]}: leave "
+                    f"{quality.num_images} images were scored, not {self.num_images[split]}: leave "
                     f"limit_{split}_batches and fast_dev_run out of the trainer's settings."
                 )
-            cell: Cell = {name: v if math.isfinite(v) else None for name, v in self.quality.scores.items()}
-            if self.quality.num_not_finite:
-                cell["not_finite"] = self.quality.num_not_finite
+            cell: Cell = {name: v if math.isfinite(v) else None for name, v in quality.scores.items()}
+            if quality.num_not_finite:
+                cell["not_finite"] = quality.num_not_finite
             if self.trainer.is_global_zero:
                 self.scores.put(key, cell)
             self.scores.cells[key] = cell

@@ -265,7 +265,8 @@ class DDSSModule(LightningModule):
         Raises:
             ValueError: a loss with a memory, on several processes that each see a loss of their own.
         """
-        self.loss.fit_real(self.real_features())
+        if self.gauss_newton is None:
+            self.loss.fit_real(self.real_features())
         if self.trainer.world_size > 1 and not self.gather_features and self.loss.has_memory:
             raise ValueError(
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "

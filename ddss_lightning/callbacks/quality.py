@@ -35,17 +35,25 @@ class FeatureSpace:
         real: phi of the real images, shape (m, d).
         precision_recall: give the last four.
         prefix: of the names of the scores, such as `judge_`.
+        fid_only: give FID alone, whose cost does not grow with the number of real images.
     """
 
     def __init__(
-        self, features: FeatureExtractor, real: Tensor, precision_recall: bool = False, prefix: str = ""
+        self,
+        features: FeatureExtractor,
+        real: Tensor,
+        precision_recall: bool = False,
+        prefix: str = "",
+        fid_only: bool = False,
     ) -> None:
         self.features, self.prefix = features, prefix
-        metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real), "kid": KernelDistance(real)}
-        if precision_recall:
-            metrics["precision_recall"] = PrecisionRecall(real)
-        with contextlib.suppress(NotImplementedError):
-            metrics["is"] = InceptionScore(features.logits(real[:1]).shape[1])
+        metrics: dict[str, Metric | MetricCollection] = {"fid": FrechetDistance(real)}
+        if not fid_only:
+            metrics["kid"] = KernelDistance(real)
+            if precision_recall:
+                metrics["precision_recall"] = PrecisionRecall(real)
+            with contextlib.suppress(NotImplementedError):
+                metrics["is"] = InceptionScore(features.logits(real[:1]).shape[1])
         self.metrics = MetricCollection(metrics, compute_groups=False)
 
     @property
@@ -112,6 +120,7 @@ class SampleQuality(Callback):
         overwrite: allow `dirpath` to hold a sampler already.
         precision_recall: log precision, recall, density and coverage too.
         judge: a feature network that takes no part in learning; None for no second opinion.
+        fid_only: compute FID and nothing else, to choose among many samplers.
 
     Raises:
         ValueError: an unknown `monitor`; when a run starts, a folder that holds a sampler already, or a judge that does
@@ -125,11 +134,14 @@ class SampleQuality(Callback):
         overwrite: bool = False,
         precision_recall: bool = False,
         judge: FeatureExtractor | None = None,
+        fid_only: bool = False,
     ) -> None:
         if monitor not in ("fid", "kid"):
             raise ValueError(f"monitor must be 'fid' or 'kid', got '{monitor}'.")
+        if fid_only and monitor != "fid":
+            raise ValueError(f"fid_only leaves nothing but the FID, but monitor is '{monitor}'; use one or the other.")
         self.monitor, self.dirpath, self.overwrite = monitor, dirpath, overwrite
-        self.precision_recall = precision_recall
+        self.precision_recall, self.fid_only = precision_recall, fid_only
         self.judge = None if judge is None else judge.freeze()
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -160,11 +172,11 @@ class SampleQuality(Callback):
         real = module.real_features()
         if self._real is not real:
             self._real = real
-            self._spaces = [FeatureSpace(module.features, real, self.precision_recall)]
+            self._spaces = [FeatureSpace(module.features, real, self.precision_recall, "", self.fid_only)]
             if self.judge is not None:
                 judge = self.judge.to(module.device)
                 real = module.encode_real(judge)
-                self._spaces.append(FeatureSpace(judge, real, self.precision_recall, "judge_"))
+                self._spaces.append(FeatureSpace(judge, real, self.precision_recall, "judge_", self.fid_only))
         for space in self._spaces:
             space.features.to(module.device)
             space.metrics.to(module.device).reset()

@@ -6,26 +6,8 @@ import torch
 from torch import Tensor
 
 from ddss_lightning.features import FeatureExtractor
-from ddss_lightning.losses.kid import KERNELS, Kernel, kid, polynomial_kernel
+from ddss_lightning.losses.kid import KERNELS, Kernel, kernel_sum, kid, mean_within
 from ddss_lightning.metrics.base import RowMetric, check_real
-
-# Rows of a Gram matrix at a time: a block that stays in the processor's cache is four times as fast as one of 2048.
-BLOCK = 128
-
-
-def kernel_sum(x: Tensor, y: Tensor, kernel: Kernel, block: int = BLOCK) -> Tensor:
-    """Sum of k(x_i, y_j) over all pairs, block by block: memory does not grow with the square of N."""
-    return torch.stack([polynomial_kernel(part, y, kernel).sum() for part in x.split(block)]).sum()
-
-
-def mean_within(x: Tensor, kernel: Kernel) -> Tensor:
-    """Mean of k(x_i, x_j) over i != j, of vectors of shape (n, d), n >= 2; each pair is computed once."""
-    sums = []
-    for start in range(0, len(x), BLOCK):
-        part, rest = x[start : start + BLOCK], x[start + BLOCK :]
-        gram = polynomial_kernel(part, part, kernel)
-        sums.append(gram.sum() - gram.diagonal().sum() + 2 * polynomial_kernel(part, rest, kernel).sum())
-    return torch.stack(sums).sum() / (len(x) * (len(x) - 1))
 
 
 def _check_kernel(kernel: Kernel) -> Kernel:

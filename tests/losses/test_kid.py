@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
@@ -62,3 +64,24 @@ def test_bad_arguments():
         KIDLoss().fit_real(draw(1, 2))
     with pytest.raises(ValueError, match="not finite"):
         KIDLoss().fit_real(draw(3, 2) * torch.nan)
+
+
+def test_a_large_bank_needs_no_large_memory(monkeypatch):
+    """The real-real term of 50,000 images would be a matrix of 20 GB; it is made in blocks of rows."""
+    # The package exports a function of the same name as this room.
+    room = importlib.import_module("ddss_lightning.losses.kid")
+    sizes, kernel = [], room.polynomial_kernel
+
+    def noted(x, y, name="cubic"):
+        sizes.append(len(x))
+        return kernel(x, y, name)
+
+    features = torch.randn(1000, 5, dtype=torch.float64)
+    expected = room.mean_off_diagonal(
+        kernel(features / features.square().mean().sqrt(), features / features.square().mean().sqrt())
+    )
+    monkeypatch.setattr(room, "polynomial_kernel", noted)
+    loss = KIDLoss()
+    loss.fit_real(features)
+    assert max(sizes) <= room.BLOCK
+    assert loss.real_term == pytest.approx(float(expected), rel=1e-12)
