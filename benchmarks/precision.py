@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def learn(precision: str, seed: int, max_steps: int, folder: Path) -> dict[str, 
     path = folder / "scores.json"
     if path.exists():
         return json.loads(path.read_text())  # type: ignore[no-any-return]
+    # What an interrupted run has left is in the way of a new one.
+    shutil.rmtree(folder, ignore_errors=True)
     flags = [
         "-c", RECIPE, "--model.batch_size=512", f"--model.seed={seed}", "--data.num_val_images=2000",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
