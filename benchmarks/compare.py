@@ -21,7 +21,7 @@ from report import environment, write
 
 import ddss_lightning.callbacks.quality as quality_file
 import ddss_lightning.compare as compare_file
-import ddss_lightning.module as module_file
+import ddss_lightning.sampling as module_file
 from ddss_lightning.cli import command_line
 from ddss_lightning.ggdm import GGDMSampler
 

@@ -34,6 +34,7 @@ ALLOWED = {
     "data": {"files", "glyphs", "noise"},
     "gauss_newton": {"losses"},
     "teacher": {"denoisers", "files", "ggdm", "images", "noise", "solvers"},
+    "sampling": {"denoisers", "features", "ggdm", "images", "noise", "remat"},
     "module": {
         "denoisers",
         "features",
@@ -42,8 +43,8 @@ ALLOWED = {
         "images",
         "losses",
         "noise",
-        "remat",
         "replay",
+        "sampling",
         "teacher",
     },
     "callbacks": {"features", "files", "ggdm", "images", "metrics", "module", "pictures"},
@@ -75,7 +76,7 @@ ALLOWED = {
         "schedule",
     },
 }
-LIGHTNING = {"module", "callbacks", "data", "compare", "cli"}
+LIGHTNING = {"sampling", "module", "callbacks", "data", "compare", "cli"}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}
 
 

@@ -25,8 +25,8 @@ from ddss_lightning import (
 from ddss_lightning.data.digits import TensorImages, load_digits_tensors
 from ddss_lightning.ggdm import DEGREES
 from ddss_lightning.losses import Samples
-from ddss_lightning.module import _differing
 from ddss_lightning.noise import generator_for
+from ddss_lightning.sampling import _differing
 from tests.conftest import DDPM, FEATURES
 
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")

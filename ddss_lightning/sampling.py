@@ -1,0 +1,238 @@
+"""A frozen model, a sampler for it and a feature network: images from held-out noise, which callbacks score."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.features.base import FeatureExtractor, check_images
+from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.images import to_pixels
+from ddss_lightning.noise import held_out_noise
+from ddss_lightning.remat import Remat
+
+FROZEN = ("denoiser.", "features.", "loss.")
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
+
+class SamplingModule(LightningModule):
+    """What `DDSSModule` does besides learning.
+
+    Validation, test and prediction generate images from held-out noise given by index; callbacks score them. A
+    checkpoint holds the sampler, never the frozen networks, and refuses to be loaded with another denoiser.
+
+    Args:
+        denoiser: the pretrained model; it is frozen.
+        sampler: made with `denoiser.schedule`; `averaged`, a copy, is what is scored.
+        features: the network of the scores; it is frozen.
+        remat: what is kept for a backward pass, see `unroll`.
+        seed: of all noise; validation, test and prediction noise are kept apart.
+
+    The Trainer's precision is 32-true, bf16-mixed or 64-true; others are refused. The sampler is float64 in all.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor, remat: str = "none", seed: int = 0
+    ) -> None:
+        super().__init__()
+        self._check_parts(denoiser, sampler, features)
+        self.denoiser = denoiser.freeze()
+        self.features = features.freeze()
+        self.sampler = sampler
+        self.averaged = copy.deepcopy(sampler).requires_grad_(False)
+        self.remat, self.seed = Remat.parse(remat), seed
+        self._real: Tensor | None = None
+        self._real_source: object = None
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
+        if denoiser.image_shape != features.image_shape:
+            raise ValueError(
+                f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
+                f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
+            )
+        if not denoiser.schedule.matches(sampler.schedule):
+            raise ValueError(
+                f"The sampler was made for another noise schedule than that of '{denoiser.name}'; "
+                "make it with GGDMSampler(denoiser.schedule, ...)."
+            )
+        if denoiser.prediction_type != sampler.config["prediction_type"]:
+            raise ValueError(
+                f"The denoiser '{denoiser.name}' predicts '{denoiser.prediction_type}', the sampler was made for "
+                f"'{sampler.config['prediction_type']}'; give the sampler that prediction_type."
+            )
+
+    def load_sampler(self, pretrained_path: str | Path) -> None:
+        """Use a saved sampler instead of the one this module was made with.
+
+        Raises:
+            ValueError: nothing there, or a sampler that was learned for another denoiser.
+        """
+        sampler, base_model = GGDMSampler.from_pretrained(pretrained_path), read_card(pretrained_path)["base_model"]
+        self._check_parts(self.denoiser, sampler, self.features)
+        if base_model.get("fingerprint", self.denoiser.fingerprint()) != self.denoiser.fingerprint():
+            raise ValueError(
+                f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
+                f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
+            )
+        self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
+
+        Raises:
+            ValueError: a precision other than 32-true, bf16-mixed and 64-true.
+        """
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"The Trainer's precision is '{self.trainer.precision}', in which a sampler cannot be learned; use "
+                "precision='bf16-mixed' (the networks in half precision, all else in float32) or '32-true'."
+            )
+
+    # ---------------------------------------------------------------------------------------------- real images
+
+    def real_features(self) -> Tensor:
+        """Features of all real images of the data module, shape (m, d), computed once for each data module.
+
+        Raises:
+            ValueError: no data module, fewer than two images, images of another shape than the model's, NaN, or values
+                outside [-1, 1].
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self._real is None or self._real_source is not datamodule:
+            self._real, self._real_source = self.encode_real(self.features), datamodule
+        return self._real
+
+    @torch.no_grad()
+    def encode_real(self, features: FeatureExtractor) -> Tensor:
+        """The output of any feature network for all real images of the data module, shape (m, d).
+
+        Raises:
+            ValueError: as `real_features`.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "real_dataloader"):
+            raise ValueError(
+                "DDSSModule compares with real images: give the Trainer a data module that has "
+                "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
+            )
+        parts = []
+        for images in datamodule.real_dataloader():
+            self._check_images(images)
+            parts.append(features(images.to(device=self.device, dtype=self._image_dtype)))
+        real = torch.cat(parts)
+        if len(real) < 2:
+            raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
+        return real
+
+    @property
+    def _image_dtype(self) -> torch.dtype:
+        """Of states and images: float32, or float64 where the Trainer's precision is 64-true."""
+        return torch.promote_types(cast(torch.dtype, self.dtype), torch.float32)
+
+    def _check_images(self, images: Tensor) -> None:
+        if tuple(images.shape[1:]) != self.denoiser.image_shape:
+            raise ValueError(
+                f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
+                f"{self.denoiser.image_shape} (channels, height, width); use data of that shape."
+            )
+        check_images(images, "real images", "clean the data set")
+
+    # ----------------------------------------------------------------------------------------------- generating
+
+    def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
+        """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
+        sampler = self.sampler if sampler is None else sampler
+        return to_pixels(self.denoiser.decode(self._last_state(sampler, x_T, noise)))
+
+    def _last_state(self, sampler: GGDMSampler, x_T: Tensor, noise: Tensor) -> Tensor:
+        x_T = x_T.to(device=self.device, dtype=self._image_dtype)
+        return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
+
+    # --------------------------------------------------------------------------------------------- held-out noise
+
+    def _from_indices(self, split: str, indices: Tensor) -> Tensor:
+        key = f"{split}/{self.seed}"
+        x_T, noise = held_out_noise(key, indices.tolist(), self.denoiser.state_shape, self.sampler.num_steps)
+        return self.generate(x_T, noise, self.averaged)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""
+        return self._from_indices("validation", batch)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images from the test noise."""
+        return self._from_indices("test", batch)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Images from the prediction noise."""
+        return self._from_indices("predict", batch)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which denoiser the sampler belongs to, and what sampler it is."""
+        checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
+        checkpoint["sampler_config"] = self.sampler.config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another denoiser or of another sampler.
+
+        Raises:
+            ValueError: the fingerprints or the sampler's configurations differ.
+        """
+        saved = checkpoint.get("denoiser", {})
+        if saved.get("fingerprint") != self.denoiser.fingerprint():
+            raise ValueError(
+                f"The checkpoint belongs to the denoiser '{saved.get('name')}' (fingerprint "
+                f"{saved.get('fingerprint')}), not to '{self.denoiser.name}' ({self.denoiser.fingerprint()}); "
+                "load it with the model it was learned for."
+            )
+        differing = _differing(checkpoint["sampler_config"], self.sampler.config)
+        if differing:
+            pairs = ", ".join(f"{key}: {theirs} instead of {ours}" for key, (theirs, ours) in differing.items())
+            raise ValueError(
+                f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
+            )
+
+
+def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configurations of samplers; imported numbers may, by rounding, between machines."""
+
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        anchor = config["anchor"] if isinstance(config["anchor"], dict) else {"name": config["anchor"]}
+        rest = {f"anchor.{key}": value for key, value in anchor.items() if key != "coefficients"}
+        return {**{key: value for key, value in config.items() if key != "anchor"}, **rest}
+
+    def numbers(config: dict[str, Any]) -> dict[str, Any]:
+        anchor = config["anchor"]
+        return anchor.get("coefficients", {}) if isinstance(anchor, dict) else {}
+
+    left, right = flat(theirs), flat(ours)
+    found = {key: (left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)}
+    for name in numbers(theirs) | numbers(ours):
+        a, b = (torch.tensor(numbers(config).get(name, math.nan), dtype=torch.float64) for config in (theirs, ours))
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5):
+            found[f"anchor.coefficients.{name}"] = ("other numbers", "these")
+    return found
+
+
+def _drop_frozen(module: SamplingModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:  # noqa: ANN401, ARG001
+    for key in [key for key in state_dict if key.startswith(tuple(prefix + name for name in FROZEN))]:
+        del state_dict[key]
+
+
+def _expect_no_frozen(module: SamplingModule, incompatible_keys: Any) -> None:  # noqa: ANN401, ARG001
+    incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.startswith(FROZEN)]
