@@ -294,6 +294,59 @@ def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
         compare(cli.model, cli.datamodule, cli.trainer, settings)
 
 
+CARD = """---
+license: apache-2.0
+library_name: ddss_lightning
+base_model: {model}
+tags: [unconditional-image-generation, ddss, ggdm]
+---
+# {name}
+
+A sampler of {steps} network calls for [`{model}`](../{model}), learned by the setting `{setting}` of
+[`{sweep}`](../../{sweep}); the model's weights are untouched.
+`GGDMSampler.from_pretrained("checkpoints/{name}")` loads it.
+
+![All from the same noise](samples.png)
+
+| sampler | spacing | FID | KID | precision | recall | FID of the judge |
+|---|---|---|---|---|---|---|
+{rows}
+
+| | |
+|---|---|
+| scores | noise of seed {seed} that learning never saw, {images} images against {real}; {pixels} |
+| features, judge | `{features}`, `{judge}` |
+| learning | {network_calls:.2f} million network calls, {optimiser_steps} steps of {optimiser} |
+| time | {minutes:.1f} min, {machine} |
+| command | `python recipes/benchmark.py {sweep} --output OUT --settings "{setting}" --steps {steps} --seeds {seed}` |
+"""
+
+
+def release(sweep_path: Path, run: Run, output: Path, folder: Path) -> None:
+    """Copy a learned sampler into a folder of `checkpoints/`, with a card and the grid of its number of calls."""
+    found = json.loads((run.folder / "run.json").read_text())
+    table = json.loads((output / "compare" / "table.json").read_text())
+    protocol, rows = table["protocol"], []
+    for row in table["rows"]:
+        if (row["nfe"], row["seed"]) == (run.steps, run.seed):
+            name = f"**{row['sampler']}**" if row["sampler"] == run.setting else row["sampler"]
+            scores = [f"{row[key]:.3g}" for key in ("fid", "kid", "precision", "recall")]
+            judged = f"{row['judge_fid']:.3g}" if "judge_fid" in row else ""
+            rows.append(f"| {name} | {row['spacing']} | {' | '.join(scores)} | {judged} |")
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in (*(run.folder / "sampler").glob("sampler.*"), output / "compare" / f"samples-{run.steps}.png"):
+        with replacing(folder / ("samples.png" if source.suffix == ".png" else source.name)) as partial:
+            shutil.copyfile(source, partial)
+    card = CARD.format(
+        name=folder.name, sweep=sweep_path, rows="\n".join(rows), model=Path(protocol["model"].split(" ")[0]).name,
+        images=protocol["images"], real=f"{protocol['real_images'].split(' ')[0]} real ones", pixels=protocol["pixels"],
+        features=protocol["features"], judge=protocol.get("judge", "none").partition(";")[0],
+        **{**found, "network_calls": found["network_calls"] / 1e6},
+    )  # fmt: skip
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(card)
+
+
 def main() -> None:
     """Plan, learn, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,8 +357,13 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", help="only these settings")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument("--no_compare", action="store_true", help="learn and stop")
+    parser.add_argument(
+        "--release", nargs=2, metavar=("SETTING", "FOLDER"), help="copy its samplers to FOLDER-<steps>, with cards"
+    )
     given, console = parser.parse_args(), Console()
     sweep = Sweep.read(given.sweep)
+    if given.release and given.release[0] not in sweep.settings:
+        parser.error(f"--release: '{given.release[0]}' is not a setting of '{given.sweep}'.")
     for name in ("steps", "seeds", "settings"):
         unknown = [each for each in getattr(given, name) or [] if each not in getattr(sweep, name)]
         if unknown:
@@ -337,6 +395,9 @@ def main() -> None:
     if given.no_compare:
         return
     score(sweep, runs, given.output)
+    for run in runs if given.release else []:
+        if run.setting == given.release[0] and run.seed == min(each.seed for each in runs):
+            release(given.sweep, run, given.output, Path(f"{given.release[1]}-{run.steps}"))
 
 
 if __name__ == "__main__":

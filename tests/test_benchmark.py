@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from ddss_lightning import GGDMSampler
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("at_root")
@@ -72,7 +73,11 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     rows = json.loads((output / "compare-2" / "table.json").read_text())["rows"]
     assert {(row["nfe"], row["seed"]) for row in rows} == {(2, 0), (2, 1)}
 
-    run(benchmark, monkeypatch, path, "--output", output, "--steps", 2)
+    run(benchmark, monkeypatch, path, "--output", output, "--steps", 2, "--release", "second", tmp_path / "released")
+    released = tmp_path / "released-2"
+    assert GGDMSampler.from_pretrained(released).num_steps == 2
+    assert (released / "samples.png").is_file()
+    assert "| **second** | learned |" in (released / "README.md").read_text()
     assert made == {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
 
 
