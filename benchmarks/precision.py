@@ -19,6 +19,7 @@ import torch
 from report import environment, write
 
 from ddss_lightning.cli import command_line
+from ddss_lightning.files import replacing
 
 RECIPE = "recipes/digits_5.yaml"
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -41,14 +42,15 @@ def learn(precision: str, seed: int, max_steps: int, folder: Path) -> dict[str, 
         "--quality.overwrite=true",
         f"--trainer.default_root_dir={folder}",
     ]
-    quality = command_line(["fit", *flags, *fit, "--trainer.enable_checkpointing=false"]).trainer.callbacks[0]
+    quality = command_line(["fit", *flags, *fit, "--trainer.enable_checkpointing=false"]).quality
     cli = command_line([*flags, f"--pretrained_sampler={folder / 'sampler'}", "--trainer.logger=false"], run=False)
     (test,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     scores = {
         "start": quality.initial["fid"], "validation": quality.best["fid"], "best_step": quality.best_step,
         "fid": test["test/fid"], "kid": test["test/kid"],
     }  # fmt: skip
-    path.write_text(json.dumps(scores))
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(scores))
     return scores
 
 
@@ -62,7 +64,8 @@ def main() -> None:
     given = parser.parse_args()
     results = {
         precision: [
-            learn(precision, seed, given.max_steps, given.output / f"{precision}-{seed}") for seed in given.seeds
+            learn(precision, seed, given.max_steps, given.output / f"{precision}-{given.max_steps}-{seed}")
+            for seed in given.seeds
         ]
         for precision in PRECISIONS
     }

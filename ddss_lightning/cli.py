@@ -52,6 +52,11 @@ class DDSSCommandLine(LightningCLI):
     `interruption` unless `trainer.enable_checkpointing` is false.
     """
 
+    @property
+    def quality(self) -> SampleQuality:
+        """The callback that scores and keeps the best sampler."""
+        return next(each for each in self.trainer.callbacks if isinstance(each, SampleQuality))  # type: ignore[attr-defined]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The parts of a recipe besides Lightning's own, and what links them."""
         parser.add_subclass_arguments(Denoiser, "denoiser", required=True, help="the frozen, pretrained model")

@@ -5,9 +5,9 @@
 A sweep is a YAML file: a base recipe, what all its runs change in it (`common`), what each setting changes, and a
 budget of network calls for learning, the same for all settings of one number of steps. A call of the network on one
 image counts as one, so does a gradient with respect to its input; the calls that make a teacher's images count too.
-The plan is printed before the first run. Every run is `ddss fit` with the two recipes that lie in its folder; finished
-runs are kept, an interrupted one goes on where it stopped. Then `ddss compare` scores all learned samplers, and the
-sweep's solvers, on the same noise.
+The plan is printed before the first run. Every run is `ddss fit` with the base recipe and the one in its folder;
+finished runs are kept, an interrupted one goes on where it stopped. Then `ddss compare` scores all learned samplers and
+the sweep's solvers, on the same noise.
 
 It writes into the output folder: `<setting>/<steps>-<seed>/` (recipe, logs, sampler, `run.json`), `plan.md`,
 `learning.md`, `learning.png` (validation FID against network calls), and `compare/` (all steps on the seeds that they
@@ -31,12 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from ddss_lightning.cli import DDSSCommandLine, command_line
 from ddss_lightning.compare import Comparison, compare
 from ddss_lightning.cost import calls_per_step, teacher_calls
+from ddss_lightning.features import load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.pictures import save_figure
 
@@ -81,10 +84,53 @@ class Sweep:
             sweep = Sweep(**content)
         except (OSError, TypeError, yaml.YAMLError) as error:
             raise SystemExit(f"'{path}' is no sweep: {error}") from None
-        for steps in sweep.steps:
-            if steps not in sweep.calls:
-                raise SystemExit(f"'{path}': `calls` has no budget for {steps} steps.")
+        sweep.check(path)
         return sweep
+
+    def check(self, path: Path) -> None:
+        """Find what would otherwise be found after hours.
+
+        Raises:
+            SystemExit: a number of steps without a budget, `only` of something that is not there, settings that have
+                seeds of their own, two names for one folder, or a comparison that cannot be.
+        """
+
+        def refuse(problem: str) -> None:
+            raise SystemExit(f"'{path}': {problem}")
+
+        slugs: dict[str, str] = {}
+        for name in self.settings:
+            if slugs.setdefault(slug(name), name) != name or set("=/") & set(name):
+                refuse(
+                    f"the setting '{name}' needs another name: without '=' and '/', and not like '{slugs[slug(name)]}'."
+                )
+        for name, by_steps in self.only.items():
+            unknown = [steps for steps in by_steps if steps not in self.steps]
+            if name not in self.settings or unknown:
+                refuse(
+                    f"`only` names '{name if name not in self.settings else unknown[0]}', which is not in the sweep."
+                )
+        for steps in self.steps:
+            if steps not in self.calls:
+                refuse(f"`calls` has no budget for {steps} steps.")
+            seeds = {name: tuple(self.seeds_of(name, steps)) for name in self.settings if self.seeds_of(name, steps)}
+            if len(set(seeds.values())) > 1:
+                refuse(f"at {steps} steps the settings have different seeds: {seeds}; give all the same, or none.")
+        try:
+            judge = Comparison(**self.compare).judge
+            if judge is not None:
+                load_any(judge)
+        except (TypeError, ValueError) as error:
+            refuse(f"compare: {error}")
+
+    def seeds_of(self, setting: str, steps: int) -> list[int]:
+        """The seeds that a setting is run with."""
+        return self.only.get(setting, {}).get(steps, self.seeds)
+
+
+def slug(setting: str) -> str:
+    """The folder of a setting."""
+    return re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -113,9 +159,8 @@ def runs_of(sweep: Sweep, output: Path) -> list[Run]:
     for seed in sweep.seeds:
         for steps in sweep.steps:
             for setting in sweep.settings:
-                if seed in sweep.only.get(setting, {}).get(steps, sweep.seeds):
-                    folder = output / re.sub(r"[^a-z0-9]+", "-", setting.lower()).strip("-") / f"{steps}-{seed}"
-                    found.append(Run(setting, steps, seed, folder))
+                if seed in sweep.seeds_of(setting, steps):
+                    found.append(Run(setting, steps, seed, output / slug(setting) / f"{steps}-{seed}"))
     return found
 
 
@@ -132,7 +177,7 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
         {
             "sampler": {"init_args": {"num_steps": run.steps}},
             "model": {"seed": run.seed},
-            "quality": {"dirpath": str(run.folder / "sampler")},
+            "quality": {"dirpath": str(run.folder / "sampler"), "overwrite": True},
             "trainer": {
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -144,13 +189,10 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
         },
     )  # fmt: skip
     recipe = run.folder / "recipe.yaml"
-
-    def write() -> None:
-        with replacing(recipe) as partial:
-            partial.write_text(yaml.safe_dump(changes, sort_keys=False))
-
-    write()
-    module = command_line(["-c", sweep.base, "-c", str(recipe)], run=False).model
+    with replacing(run.folder / "draft.yaml") as partial:
+        partial.write_text(yaml.safe_dump(changes, sort_keys=False))
+    module = command_line(["-c", sweep.base, "-c", str(run.folder / "draft.yaml")], run=False).model
+    (run.folder / "draft.yaml").unlink()
     each, budget = calls_per_step(module), sweep.calls[run.steps] - teacher_calls(module)
     max_steps = int(budget // each)
     if max_steps < 1:
@@ -158,9 +200,15 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
             f"{run.setting}, {run.steps} steps: one optimiser step takes {each:,} network calls, the budget leaves "
             f"{budget:,.0f}; raise `calls` or lower the images of a step."
         )
-    every = 1 if module.gauss_newton else max(1, math.ceil(max_steps / sweep.validations))
+    every = 1 if module.gauss_newton else max(1, max_steps // sweep.validations)
+    # The last step is validated too.
+    max_steps -= max_steps % every
     changes = merged(changes, {"trainer": {"max_steps": max_steps}, "data": {"init_args": {"steps_per_epoch": every}}})
-    write()
+    text = yaml.safe_dump(changes, sort_keys=False)
+    if recipe.exists() and recipe.read_text() != text:
+        raise SystemExit(f"'{run.folder}' holds a run of another recipe; delete it, or give another --output.")
+    with replacing(recipe) as partial:
+        partial.write_text(text)
     calls = max_steps * each + teacher_calls(module)
     return recipe, {
         "optimiser": "Gauss-Newton" if module.gauss_newton else "Adam",
@@ -171,15 +219,24 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     }
 
 
-def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> dict[str, Any]:
-    """`ddss fit`, unless it is finished; what came out."""
+def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> None:
+    """`ddss fit`, unless it is finished; what came out goes to `run.json`."""
     path = run.folder / "run.json"
     if path.exists():
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        return
     resumed = (run.folder / "logs" / "version_0" / "checkpoints" / "last.ckpt").exists()
     started = time.time(), time.process_time()
-    cli: DDSSCommandLine = command_line(["fit", "-c", sweep.base, "-c", str(recipe), "--ckpt_path=last"])
-    quality = next(each for each in cli.trainer.callbacks if type(each).__name__ == "SampleQuality")
+    cli: DDSSCommandLine = command_line(["-c", sweep.base, "-c", str(recipe)], run=False)
+    # The recipe lies in the folder already.
+    cli.trainer.callbacks = [each for each in cli.trainer.callbacks if not isinstance(each, SaveConfigCallback)]
+    diverged = False
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path="last")
+    except FloatingPointError as error:
+        # Its best sampler is kept; the sweep goes on.
+        rank_zero_warn(f"{run.folder}: {error}")
+        diverged = True
+    quality = cli.quality
     found = {
         "setting": run.setting,
         "steps": run.steps,
@@ -188,6 +245,7 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> dict[st
         "minutes": (time.time() - started[0]) / 60,
         "processor_minutes": (time.process_time() - started[1]) / 60,
         "resumed": resumed,
+        "diverged": diverged,
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
         "best_step": quality.best_step,
         "validation": quality.best,
@@ -195,7 +253,6 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> dict[st
     }
     with replacing(path) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n")
-    return found
 
 
 def curve(run: Run, calls: int) -> tuple[list[float], list[float]]:
@@ -234,8 +291,8 @@ def learning_figure(runs: list[Run], results: list[dict[str, Any]]) -> Figure:
         axes.set_ylabel("FID, validation noise")
         axes.set_title(f"{num_steps} network calls", fontsize=10)
         axes.grid(alpha=0.3, which="both")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside right upper", fontsize=7)
     return figure
 
 
@@ -251,7 +308,7 @@ def table(runs: list[Run], results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {run.steps} | {run.setting} | {run.seed} | {row['numbers']} | {row['optimiser_steps']} "
             f"{row['optimiser']} | {row['network_calls'] / 1e6:.2f} M | {start:.2f}, {best:.2f} ({row['best_step']}) | "
-            f"{row['minutes']:.1f} ({row['processor_minutes']:.1f}) |"
+            f"{row['minutes']:.1f} ({row['processor_minutes']:.1f}){' since it was resumed' * row['resumed']} |"
         )
     return "\n".join([*lines, ""])
 
@@ -280,10 +337,11 @@ def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
     groups |= {f"compare-{steps}": ([steps], mine) for steps, mine in sorted(seeds.items()) if mine != shared}
     for name, (steps, mine) in groups.items():
         folder = output / name
-        if not (folder / "scores.json").exists() and (output / "compare" / "scores.json").exists():
+        known = output / "compare" / "scores.json"
+        if not (folder / "scores.json").exists() and known.exists() and min(mine) == min(shared):
             # The same protocol: what is measured there is not measured again.
             folder.mkdir(parents=True)
-            shutil.copyfile(output / "compare" / "scores.json", folder / "scores.json")
+            shutil.copyfile(known, folder / "scores.json")
         samplers = dict.fromkeys(
             f"{run.setting}={run.folder.parent / f'{run.steps}-{{seed}}' / 'sampler'}"
             for run in runs
@@ -325,14 +383,14 @@ A sampler of {steps} network calls for [`{model}`](../{model}), learned by the s
 def release(sweep_path: Path, run: Run, output: Path, folder: Path) -> None:
     """Copy a learned sampler into a folder of `checkpoints/`, with a card and the grid of its number of calls."""
     found = json.loads((run.folder / "run.json").read_text())
-    table = json.loads((output / "compare" / "table.json").read_text())
-    protocol, rows = table["protocol"], []
-    for row in table["rows"]:
+    scores = json.loads((output / "compare" / "table.json").read_text())
+    protocol, rows = scores["protocol"], []
+    for row in scores["rows"]:
         if (row["nfe"], row["seed"]) == (run.steps, run.seed):
             name = f"**{row['sampler']}**" if row["sampler"] == run.setting else row["sampler"]
-            scores = [f"{row[key]:.3g}" for key in ("fid", "kid", "precision", "recall")]
-            judged = f"{row['judge_fid']:.3g}" if "judge_fid" in row else ""
-            rows.append(f"| {name} | {row['spacing']} | {' | '.join(scores)} | {judged} |")
+            values = [row.get(key) for key in ("fid", "kid", "precision", "recall", "judge_fid")]
+            cells = ["" if value is None else f"{value:.3g}" for value in values]
+            rows.append(f"| {name} | {row['spacing']} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*(run.folder / "sampler").glob("sampler.*"), output / "compare" / f"samples-{run.steps}.png"):
         with replacing(folder / ("samples.png" if source.suffix == ".png" else source.name)) as partial:
@@ -380,17 +438,20 @@ def main() -> None:
     prepared = [prepare(run, sweep) for run in runs]
     text = plan(runs, [cost for _, cost in prepared])
     given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "plan.md").write_text(text)
+    if not (given.steps or given.seeds or given.settings):
+        (given.output / "plan.md").write_text(text)
     console.print(text, highlight=False)
     if given.plan:
         return
-    results = []
     for index, (run, (recipe, cost)) in enumerate(zip(runs, prepared, strict=True)):
         console.print(f"run {index + 1} of {len(runs)}: {run.setting}, {run.steps} steps, seed {run.seed}")
-        results.append(learn(run, sweep, recipe, cost))
+        learn(run, sweep, recipe, cost)
+        # All that is finished, not only what was asked for this time.
+        done = [each for each in runs_of(sweep, given.output) if (each.folder / "run.json").exists()]
+        results = [json.loads((each.folder / "run.json").read_text()) for each in done]
         with replacing(given.output / "learning.md") as partial:
-            partial.write_text(table(runs[: len(results)], results))
-    save_figure(learning_figure(runs, results), given.output / "learning.png")
+            partial.write_text(table(done, results))
+    save_figure(learning_figure(done, results), given.output / "learning.png")
     console.print(f"learned: '{given.output / 'learning.md'}', '{given.output / 'learning.png'}'")
     if given.no_compare:
         return

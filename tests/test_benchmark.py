@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from ddss_lightning import GGDMSampler
+from ddss_lightning import DDSSModule, GGDMSampler
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("at_root")
@@ -26,8 +26,8 @@ SWEEP = {
     "steps": [2, 3],
     "seeds": [0, 1],
     "only": {"first": {3: [0]}, "second": {3: [0]}},
-    "calls": {2: 200, 3: 1600},
-    "validations": 1,
+    "calls": {2: 220, 3: 1600},
+    "validations": 2,
     "common": {
         "model": {"batch_size": 8},
         "data": {"init_args": {"num_val_images": 10, "num_test_images": 10}},
@@ -63,9 +63,12 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     made = {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
     assert set(made) == {f"{s}/{cell}/run.json" for s in ("first", "second") for cell in ("2-0", "2-1", "3-0")}
     found = json.loads((output / "first" / "2-0" / "run.json").read_text())
-    # 8 images x 3 calls and gradients a step, 200 calls in all.
+    # 8 images x 3 calls and gradients a step are 9 steps in 220 calls, of which every fourth is validated.
     assert (found["optimiser_steps"], found["network_calls"]) == (8, 192)
     assert "| 2 | second | 1 |" in (output / "learning.md").read_text()
+    calls, fids = benchmark.curve(benchmark.Run("first", 2, 0, output / "first" / "2-0"), 24)
+    # The last step is validated, whatever the number of steps.
+    assert (calls[-1], len(fids)) == (192, 2)
     rows = json.loads((output / "compare" / "table.json").read_text())["rows"]
     assert {(row["nfe"], row["sampler"], row["seed"]) for row in rows} == {
         (nfe, name, 0) for nfe in (2, 3) for name in ("DDIM", "first", "second")
@@ -79,6 +82,56 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     assert (released / "samples.png").is_file()
     assert "| **second** | learned |" in (released / "README.md").read_text()
     assert made == {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
+
+
+def test_an_interrupted_run_goes_on_and_another_recipe_is_refused(benchmark, monkeypatch, tmp_path):
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(SWEEP))
+    arguments = (path, "--output", output, "--no_compare", "--settings", "first", "--steps", 2, "--seeds", 0)
+    step = DDSSModule.training_step
+
+    def killed(module, *given):
+        if module.global_step == 5:
+            raise KeyboardInterrupt
+        return step(module, *given)
+
+    monkeypatch.setattr(DDSSModule, "training_step", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(benchmark, monkeypatch, *arguments)
+    monkeypatch.setattr(DDSSModule, "training_step", step)
+    run(benchmark, monkeypatch, *arguments)
+    whole = (path, "--output", tmp_path / "whole", *arguments[3:])
+    run(benchmark, monkeypatch, *whole)
+    resumed, plain = (
+        json.loads((folder / "first/2-0/run.json").read_text()) for folder in (output, tmp_path / "whole")
+    )
+    assert (resumed["resumed"], plain["resumed"]) == (True, False)
+    assert resumed["validation"] == plain["validation"]
+
+    path.write_text(yaml.safe_dump({**SWEEP, "calls": {2: 500, 3: 1600}}))
+    with pytest.raises(SystemExit, match="holds a run of another recipe; delete it"):
+        run(benchmark, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"only": {"frist": {2: [0]}}}, "`only` names 'frist'"),
+        ({"only": {"first": {7: [0]}}}, "`only` names '7'"),
+        ({"only": {"first": {2: [0]}}}, "at 2 steps the settings have different seeds"),
+        ({"settings": {"a b": {}, "a-b": {}}}, "the setting 'a-b' needs another name"),
+        ({"settings": {"a=b": {}}}, "the setting 'a=b' needs another name"),
+        ({"calls": {2: 100}}, "`calls` has no budget for 3 steps"),
+        ({"compare": {"solvers": ["Eular"]}}, "compare: Unknown solver 'Eular'"),
+        ({"compare": {"judge": "nowhere"}}, "compare: .*nowhere"),
+        ({"compare": {"pictures": 3}}, "compare: .*pictures"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_at_once(benchmark, tmp_path, change, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SWEEP, "only": {}, **change}))
+    with pytest.raises(SystemExit, match=message):
+        benchmark.Sweep.read(path)
 
 
 def test_a_budget_that_does_not_suffice_and_names_that_are_unknown(benchmark, monkeypatch, tmp_path, capsys):
