@@ -131,7 +131,7 @@ class SamplingModule(LightningModule):
         parts = []
         for images in datamodule.real_dataloader():
             self._check_images(images)
-            parts.append(features(images.to(device=self.device, dtype=self._image_dtype)))
+            parts.append(features(images.to(device=self.device, dtype=features.dtype)))
         real = torch.cat(parts)
         if len(real) < 2:
             raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")

@@ -72,7 +72,7 @@ class FeatureSpace:
             ValueError: images that are not finite.
         """
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            vectors = self.features(images.float())
+            vectors = self.features(images.to(self.features.dtype))
             for name, metric in self.metrics.items():
                 samples = self.features.logits(vectors) if name == "is" else vectors
                 # FID is a sum over images; the others put them in the order of their indices.
@@ -226,7 +226,9 @@ class SampleQuality(Callback):
             for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
                 if received:
                     break
-                self._update(pl_module.validation_step(batch, index), batch)
+                with trainer.precision_plugin.val_step_context():
+                    images = pl_module.validation_step(batch, index)
+                self._update(images, batch)
         # Before the scores, for which all processes wait for each other.
         if agreed(trainer, bool(received)):
             stop(trainer, signal.SIGTERM, NOTHING_LEARNED)
