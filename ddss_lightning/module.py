@@ -120,7 +120,7 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
-        if teacher is None and self._needs_teacher:
+        if teacher is None and self.needs_teacher:
             raise ValueError(
                 f"The loss needs {', '.join(sorted(TARGETS & self.loss.needs))} of a teacher: give "
                 "teacher=TeacherPairs(...), in a recipe `model.teacher`."
@@ -159,10 +159,11 @@ class DDSSModule(SamplingModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
-        self._targets = self._load_teacher() if self._needs_teacher else None
+        self._targets = self._load_teacher() if self.needs_teacher else None
 
     @property
-    def _needs_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
+        """Whether a training step compares with the teacher's images."""
         return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
 
     def _load_teacher(self) -> TeacherImages:
