@@ -125,7 +125,7 @@ class SamplingModule(LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "real_dataloader"):
             raise ValueError(
-                "DDSSModule compares with real images: give the Trainer a data module that has "
+                "Scores and losses compare with real images: give the Trainer a data module that has "
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
         parts = []
