@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReferenceStatistics,
     )
     from ddss_lightning.module import DDSSModule
+    from ddss_lightning.sampling import SamplingModule
     from ddss_lightning.schedule import NoiseSchedule
     from ddss_lightning.scheduler import GGDMScheduler
     from ddss_lightning.teacher import TeacherPairs
@@ -54,6 +55,7 @@ _ROOMS = {
         "ReferenceStatistics",
     ),
     "module": ("DDSSModule",),
+    "sampling": ("SamplingModule",),
     "schedule": ("NoiseSchedule",),
     "scheduler": ("GGDMScheduler",),
     "teacher": ("TeacherPairs",),
@@ -92,6 +94,7 @@ __all__ = [
     "SampleLoss",
     "SampleQuality",
     "SamplerPictures",
+    "SamplingModule",
     "TeacherLoss",
     "TeacherPairs",
     "WeightedSum",

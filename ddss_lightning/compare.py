@@ -28,9 +28,9 @@ from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
-from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
+from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.solvers import STRIDES
 
 GRID_IMAGES = 64
@@ -153,7 +153,7 @@ class NoSuchCallsError(ValueError):
     """A solver cannot make the number of network calls that was asked for."""
 
 
-def solver_candidates(module: DDSSModule, name: str, nfe: int) -> list[Candidate]:
+def solver_candidates(module: SamplingModule, name: str, nfe: int) -> list[Candidate]:
     """All placements of a solver that make exactly `nfe` network calls.
 
     Raises:
@@ -183,7 +183,9 @@ def _spacing(options: dict[str, Any]) -> str:
     return "karras" if init_args.get("use_karras_sigmas") else str(init_args.get("timestep_spacing", "its own"))
 
 
-def learned_candidates(module: DDSSModule, samplers: Sequence[str], seeds: Sequence[int]) -> list[dict[int, Candidate]]:
+def learned_candidates(
+    module: SamplingModule, samplers: Sequence[str], seeds: Sequence[int]
+) -> list[dict[int, Candidate]]:
     """Samplers from disk, checked against the model: for each of `samplers` (see `Comparison`) the one of each seed.
 
     Raises:
@@ -216,7 +218,7 @@ def _label_and_folder(text: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (f"learned ({text})", text)
 
 
-def _of_seeds(module: DDSSModule, label: str, folder: str, seeds: Sequence[int]) -> dict[int, Candidate]:
+def _of_seeds(module: SamplingModule, label: str, folder: str, seeds: Sequence[int]) -> dict[int, Candidate]:
     found: dict[int, Candidate] = {}
     for seed in seeds:
         mine = folder.replace("{seed}", str(seed))
@@ -235,7 +237,7 @@ def _of_seeds(module: DDSSModule, label: str, folder: str, seeds: Sequence[int])
     return found
 
 
-def _learned(module: DDSSModule, label: str, folder: str) -> Candidate:
+def _learned(module: SamplingModule, label: str, folder: str) -> Candidate:
     path = sampler_folder(folder)
     module.load_sampler(path)
     return Candidate(label, int(read_card(path)["nfe"]), "learned", module.sampler, folder)
@@ -290,7 +292,7 @@ class Progressed(Callback):
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         self.advance(len(batch) * trainer.world_size * pl_module.sampler.num_steps)
 
     on_test_batch_end = on_validation_batch_end
@@ -311,7 +313,7 @@ class Scorer:
 
     def __init__(
         self,
-        module: DDSSModule,
+        module: SamplingModule,
         datamodule: ImageDataModule,
         trainer: Trainer,
         scores: Scores,
@@ -389,10 +391,10 @@ class Scorer:
         x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.state_shape, candidate.nfe)
         device = next(module.denoiser.parameters(), torch.zeros(())).device
         images = candidate.sampler.to(device)(module.denoiser, x_T.to(device), noise=noise.to(device))
-        return to_pixels(images).nan_to_num(-1.0).cpu()
+        return to_pixels(module.denoiser.decode(images)).nan_to_num(-1.0).cpu()
 
 
-def contenders(module: DDSSModule, settings: Comparison) -> list[Contender]:
+def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
     """What is compared, by number of calls: a row of the table each.
 
     Raises:
@@ -451,7 +453,7 @@ def _digits(values: Sequence[float | None]) -> int:
 
 
 def protocol_of(
-    module: DDSSModule, datamodule: ImageDataModule, settings: Comparison, judge: FeatureExtractor | None = None
+    module: SamplingModule, datamodule: ImageDataModule, settings: Comparison, judge: FeatureExtractor | None = None
 ) -> dict[str, Any]:
     """What has to be known to repeat the figures."""
     loader: Any = datamodule.real_dataloader()
@@ -518,7 +520,7 @@ def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
     return given.pop("config"), Comparison(**given), others
 
 
-def compare(module: DDSSModule, datamodule: ImageDataModule, trainer: Trainer, settings: Comparison) -> None:
+def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Trainer, settings: Comparison) -> None:
     """Score everything, write `table.md`, `table.json`, pictures and TensorBoard logs into the output folder.
 
     Args:

@@ -20,15 +20,16 @@ def calls_per_step(module: DDSSModule) -> int:
     """
     num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
     if method is None:
-        relaxed = module.teacher is not None and module.teacher.relax_radius > 0
+        relaxed = module.teacher is not None and module.needs_teacher and module.teacher.relax_radius > 0
         return batch_size * (2 * num_steps - (0 if relaxed else 1))
     images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
     return difference_calls(module.sampler) * batch_size + images * num_steps
 
 
 def teacher_calls(module: DDSSModule) -> int:
-    """Network calls that make the teacher's images; 0 without a teacher."""
-    return 0 if module.teacher is None else module.teacher.num_pairs * module.teacher.num_steps
+    """Network calls that make the teacher's images; 0 where nothing is compared with them."""
+    teacher = module.teacher if module.needs_teacher else None
+    return 0 if teacher is None else teacher.num_pairs * teacher.num_steps
 
 
 @torch.no_grad()
@@ -39,7 +40,10 @@ def difference_calls(sampler: GGDMSampler) -> int:
     replay = Replay(lambda x, _timestep: x, sampler.coefficients(), zero, noise)
     for value in sampler.parameters():
         for index in range(value.numel()):
-            value.view(-1)[index] += 1e-3
+            entry = value.view(-1)[index]
+            before = entry.clone()
+            entry += 1e-3
             replay(sampler.coefficients())
-            value.view(-1)[index] -= 1e-3
+            # Not -= 1e-3, which rounds.
+            entry.copy_(before)
     return replay.num_calls

@@ -106,6 +106,9 @@ class DDSSModule(SamplingModule):
         seed: int = 0,
     ) -> None:
         super().__init__(denoiser, sampler, features, remat, seed)
+        # As `load_from_checkpoint` gives them.
+        gauss_newton = GaussNewton(**gauss_newton) if isinstance(gauss_newton, dict) else gauss_newton
+        teacher = TeacherPairs(**teacher) if isinstance(teacher, dict) else teacher
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 for an unbiased KID, got {batch_size}.")
         if not 0 <= ema_decay < 1:
@@ -120,7 +123,7 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
-        if teacher is None and self._needs_teacher:
+        if teacher is None and self.needs_teacher:
             raise ValueError(
                 f"The loss needs {', '.join(sorted(TARGETS & self.loss.needs))} of a teacher: give "
                 "teacher=TeacherPairs(...), in a recipe `model.teacher`."
@@ -159,10 +162,11 @@ class DDSSModule(SamplingModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
-        self._targets = self._load_teacher() if self._needs_teacher else None
+        self._targets = self._load_teacher() if self.needs_teacher else None
 
     @property
-    def _needs_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
+        """Whether a training step compares with the teacher's images."""
         return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
 
     def _load_teacher(self) -> TeacherImages:
@@ -461,9 +465,19 @@ class DDSSModule(SamplingModule):
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
+    def _compared(self) -> dict[str, Any]:
+        """The class of each loss, and the teacher pairs where one needs them, but for how they are kept on disk."""
+        parts = self.loss.named_modules(prefix="loss")
+        found: dict[str, Any] = {name: type(part).__name__ for name, part in parts if isinstance(part, SampleLoss)}
+        if self.teacher is not None and self.needs_teacher:
+            settings = dataclasses.asdict(self.teacher).items()
+            found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}
+        return found
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note, too, what the loss and the start noise became, and how many steps were skipped."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["compared"] = self._compared()
         checkpoint["loss_memory"] = self.loss.memory()
         if self._offsets is not None:
             checkpoint["start_noise_offsets"] = self._offsets
@@ -471,9 +485,27 @@ class DDSSModule(SamplingModule):
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another denoiser or of another sampler; take up what was noted."""
+        """Refuse a checkpoint of another denoiser or of another sampler; take up what was noted.
+
+        What a loss remembers and where start noise moved to mean nothing to another loss or teacher: a fit is refused,
+        anything else goes on without them.
+
+        Raises:
+            ValueError: as `SamplingModule`; a fit that is resumed with another loss or teacher.
+        """
         super().on_load_checkpoint(checkpoint)
-        self.loss.restore(checkpoint.get("loss_memory", {}))
-        self._offsets = checkpoint.get("start_noise_offsets")
+        ours = self._compared()
+        # Older checkpoints do not say.
+        theirs = checkpoint.get("compared", ours)
+        other = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
+        if other and self._trainer is not None and self.trainer.state.fn == "fit":
+            pairs = ", ".join(f"{key}: {theirs.get(key)} instead of {ours.get(key)}" for key in other)
+            raise ValueError(
+                f"The checkpoint is of a fit with another loss or teacher ({pairs}); resume with the recipe it was "
+                "started with."
+            )
+        if not other:
+            self.loss.restore(checkpoint.get("loss_memory", {}))
+            self._offsets = checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

@@ -125,13 +125,13 @@ class SamplingModule(LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(datamodule, "real_dataloader"):
             raise ValueError(
-                "DDSSModule compares with real images: give the Trainer a data module that has "
+                "Scores and losses compare with real images: give the Trainer a data module that has "
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
         parts = []
         for images in datamodule.real_dataloader():
             self._check_images(images)
-            parts.append(features(images.to(device=self.device, dtype=self._image_dtype)))
+            parts.append(features(images.to(device=self.device, dtype=features.dtype)))
         real = torch.cat(parts)
         if len(real) < 2:
             raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")

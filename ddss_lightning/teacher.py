@@ -116,11 +116,16 @@ class TeacherPairs:
         if getattr(denoiser, "labels", None) is not None:
             raise ValueError("Teacher pairs are of one distribution: use the denoiser without `with_labels`.")
         numbers = vars(self.sampler(denoiser).coefficients()).items()
+        settings = denoiser.settings()
+        identity = denoiser.fingerprint()
+        if settings:
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            identity = f"{identity}-{digest[:16]}"
         # Machines differ in the last digits.
         coefficients = json.dumps({name: value.mul(1e8).round().long().tolist() for name, value in numbers})
         return {
             "format": str(FORMAT_VERSION),
-            "denoiser": denoiser.fingerprint(),
+            "denoiser": identity,
             "teacher": hashlib.sha256(coefficients.encode()).hexdigest()[:16],
             "seed": str(self.seed),
         }

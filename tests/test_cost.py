@@ -1,11 +1,13 @@
 """The cost that is planned is the cost that is paid."""
 
+import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from ddss_lightning import DDSSModule, GaussNewton, GGDMSampler, TeacherLoss, TeacherPairs
+from ddss_lightning import DDSSModule, GaussNewton, GGDMSampler, KIDLoss, TeacherLoss, TeacherPairs
 from ddss_lightning.cost import calls_per_step, difference_calls, teacher_calls
 
 
@@ -25,31 +27,38 @@ class Counted:
         self.calls += len(gradient)
 
 
-@pytest.mark.parametrize("kind", ["adam", "gauss-newton"])
-def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind):
-    method = GaussNewton(residual_images=40, trial_images=20, dampings=(0.1, 0.01)) if kind != "adam" else None
+@pytest.mark.parametrize("kind", ["adam", "gauss-newton", "teacher", "relaxed teacher", "unused teacher"])
+def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp_path):
+    options = {}
+    if kind == "gauss-newton":
+        options["gauss_newton"] = GaussNewton(residual_images=40, trial_images=20, dampings=(0.1, 0.01))
+    elif kind != "adam":
+        radius = 0.0 if kind == "teacher" else 0.1
+        options["teacher"] = TeacherPairs(20, 7, chunk_size=16, relax_radius=radius, cache_dir=str(tmp_path))
+        options["loss"] = KIDLoss() if kind == "unused teacher" else TeacherLoss()
     sampler = GGDMSampler(denoiser.schedule, 4, stride="quadratic")
-    module = DDSSModule(denoiser, sampler, features, batch_size=16, gauss_newton=method)
-    planned = calls_per_step(module)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None)
+    module = DDSSModule(denoiser, sampler, features, batch_size=16, **options)
+    before = copy.deepcopy(sampler.state_dict())
+    planned, of_teacher = calls_per_step(module), teacher_calls(module)
+    assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=Mock())
     module.log = lambda *_args, **_kwargs: None
     module._real = features(torch.rand(200, 1, 8, 8))
-    module.loss.fit_real(module._real)
+    module._real_source = None
     counted = Counted(denoiser)
+    module.on_train_start()
+    assert counted.calls == of_teacher == (140 if module.needs_teacher else 0)
     module.training_step(torch.zeros(16, 1, 8, 8), 0).backward()
     counted.handle.remove()
-    assert counted.calls == planned
+    assert counted.calls == of_teacher + planned
 
 
-def test_teachers_count(denoiser, features):
+def test_a_teacher_beside_gauss_newton_is_not_asked(denoiser, features):
+    teacher, loss = TeacherPairs(num_pairs=30, num_steps=7, relax_radius=0.1), TeacherLoss()
     sampler = GGDMSampler(denoiser.schedule, 4)
-    teacher = TeacherPairs(num_pairs=30, num_steps=7)
-    module = DDSSModule(denoiser, sampler, features, loss=TeacherLoss(), teacher=teacher, batch_size=16)
-    assert teacher_calls(module) == 210
-    # The start noise moves: the first call has a gradient too.
-    relaxed = TeacherPairs(num_pairs=30, num_steps=7, relax_radius=0.1)
-    module = DDSSModule(denoiser, sampler, features, loss=TeacherLoss(), teacher=relaxed, batch_size=16)
-    assert calls_per_step(module) == 16 * 8
+    module = DDSSModule(denoiser, sampler, features, loss, teacher=teacher, gauss_newton=GaussNewton())
+    assert not module.needs_teacher
+    assert teacher_calls(module) == 0
 
 
 def test_differences_by_hand(schedule):

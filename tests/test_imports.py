@@ -47,7 +47,7 @@ ALLOWED = {
         "sampling",
         "teacher",
     },
-    "callbacks": {"features", "files", "ggdm", "images", "metrics", "module", "pictures"},
+    "callbacks": {"features", "files", "ggdm", "images", "metrics", "pictures", "sampling"},
     "cost": {"ggdm", "module", "replay"},
     "commands": {"ggdm", "pictures", "scheduler"},
     "compare": {
@@ -58,9 +58,9 @@ ALLOWED = {
         "files",
         "ggdm",
         "images",
-        "module",
         "noise",
         "pictures",
+        "sampling",
         "solvers",
     },
     "cli": {

@@ -13,6 +13,7 @@ from ddss_lightning import (
     DiffusersDenoiser,
     DigitsDataModule,
     FrechetLoss,
+    GaussNewton,
     GGDMSampler,
     Interruption,
     KIDLoss,
@@ -420,9 +421,54 @@ def test_running_moments_and_moved_start_noise_resume_bit_for_bit(tmp_path):
         for name, value in whole[place].items():
             assert torch.equal(value, again[place][name]), name
     assert torch.equal(whole["start_noise_offsets"], again["start_noise_offsets"])
-    other = make(loss=TeacherLoss(), teacher=TeacherPairs(40, 4, cache_dir=str(tmp_path), relax_radius=0.5))
-    with pytest.raises(ValueError, match="start noise is of 50 teacher pairs, num_pairs is 40"):
-        trainer(tmp_path, 9, limit_val_batches=0).fit(other, data(), ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
+
+
+def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
+    def another(num_pairs=20, loss=None, **teacher):
+        losses = WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss()})
+        pairs = TeacherPairs(num_pairs, 4, cache_dir=str(tmp_path), **{"relax_radius": 0.5, **teacher})
+        return make(loss=loss or losses, teacher=pairs)
+
+    def resume(module, path):
+        trainer(tmp_path, 2, enable_checkpointing=False, limit_val_batches=0).fit(module, data(1), ckpt_path=path)
+
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(tmp_path, 1, callbacks=[keep], limit_val_batches=0).fit(another(), data(1))
+    path = tmp_path / "last.ckpt"
+    kinds = "loss: WeightedSum instead of FrechetLoss, loss.losses.frechet: FrechetLoss instead of None"
+    names = {"loss": WeightedSum({"f": FrechetLoss(), "x": TeacherLoss()})}
+    for other, message in (
+        ({"loss": FrechetLoss()}, kinds),
+        (names, "loss.losses.frechet: FrechetLoss instead of None, loss.losses.f: None instead of FrechetLoss"),
+        ({"seed": 1}, r"\(teacher.seed: 0 instead of 1\); resume with the recipe it was started with"),
+        ({"num_pairs": 30, "anchor": "ddim"}, "teacher.num_pairs: 20 instead of 30, teacher.anchor: dpmpp_2m instead"),
+    ):
+        with pytest.raises(ValueError, match=f"of a fit with another loss or teacher .*{message}"):
+            resume(another(**other), path)
+    # What only scores asks for the sampler alone.
+    scored = make()
+    trainer(tmp_path, 1, enable_checkpointing=False).validate(scored, data(), ckpt_path=path, verbose=False)
+    assert scored._offsets is None
+    resume(another(chunk_size=7), path)
+    old = torch.load(path, weights_only=True)
+    del old["compared"]
+    torch.save(old, path)
+    resume(another(), path)
+    with pytest.raises(ValueError, match="start noise is of 20 teacher pairs, num_pairs is 30"):
+        resume(another(30), path)
+
+
+def test_a_module_is_made_from_its_checkpoint(tmp_path):
+    """With its settings, which are saved as plain values."""
+    settings = {"teacher": TeacherPairs(20, 4, cache_dir=str(tmp_path)), "gauss_newton": GaussNewton(rank=5)}
+    module = make(lr=0.5, **settings)
+    runner = trainer(tmp_path, 1, enable_checkpointing=False)
+    runner.strategy.connect(module)
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    parts = {name: getattr(make(), name) for name in ("denoiser", "sampler", "features")}
+    again = DDSSModule.load_from_checkpoint(tmp_path / "x.ckpt", **parts)
+    assert {name: getattr(again, name) for name in settings} == settings
+    assert again.lr == 0.5
 
 
 def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):

@@ -1,5 +1,6 @@
 """The Trainer's precision: what works learns the same, what does not is refused before any work starts."""
 
+import math
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
+from ddss_lightning import ResidualFeatures, SampleQuality
 from tests.test_module import data, make
 
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -44,3 +46,17 @@ def test_precisions_that_work_have_the_same_gradient(tmp_path):
     expected = gradients["32-true"]
     for precision, tolerance in (("64-true", 1e-4), ("bf16-mixed", 0.2)):
         assert (gradients[precision] - expected).norm() <= tolerance * expected.norm(), precision
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_the_initial_sampler_is_scored_as_any_other(tmp_path, precision):
+    def quality(folder):
+        torch.manual_seed(0)
+        return SampleQuality(judge=ResidualFeatures(1, 8, 8), dirpath=str(tmp_path / folder))
+
+    fitted, validated = quality("fitted"), quality("validated")
+    trainer(tmp_path, precision=precision, callbacks=[fitted]).fit(make(), data(steps=1))
+    trainer(tmp_path, precision=precision, callbacks=[validated]).validate(make(), data(steps=1), verbose=False)
+    assert fitted.initial == validated.scores
+    assert {"fid", "judge_fid"} < fitted.initial.keys()
+    assert all(math.isfinite(value) for value in fitted.initial.values())

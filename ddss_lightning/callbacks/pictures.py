@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ddss_lightning.module import DDSSModule
 from ddss_lightning.pictures import image_grid, mu_figure, save_figure, save_png, times_figure
+from ddss_lightning.sampling import SamplingModule
 
 
 class SamplerPictures(Callback):
@@ -49,14 +49,14 @@ class SamplerPictures(Callback):
             self._record(trainer.global_step, pl_module)
 
     def _record(self, step: int, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         self.steps.append(step)
         self.logsnrs.append(pl_module.averaged.logsnrs().tolist())
         self.times.append(pl_module.averaged.timesteps().tolist())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or trainer.state.fn != "fit":
             return
         self._record(trainer.global_step, pl_module)

@@ -20,7 +20,7 @@ from ddss_lightning.callbacks.interruption import NOTHING_LEARNED, agreed, sigte
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.ggdm import CARD_NAME
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
-from ddss_lightning.module import DDSSModule
+from ddss_lightning.sampling import SamplingModule
 
 Score = Literal["fid", "kid"]
 
@@ -72,7 +72,7 @@ class FeatureSpace:
             ValueError: images that are not finite.
         """
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            vectors = self.features(images.float())
+            vectors = self.features(images.to(self.features.dtype))
             for name, metric in self.metrics.items():
                 samples = self.features.logits(vectors) if name == "is" else vectors
                 # FID is a sum over images; the others put them in the order of their indices.
@@ -83,7 +83,7 @@ class FeatureSpace:
         return {self.prefix + name: float(value) for name, value in self.metrics.compute().items()}
 
 
-def check_judge(judge: FeatureExtractor, module: DDSSModule) -> None:
+def check_judge(judge: FeatureExtractor, module: SamplingModule) -> None:
     """Make sure that a second feature network can judge the samples of a model.
 
     Raises:
@@ -159,7 +159,7 @@ class SampleQuality(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a judge that does not fit, and to overwrite a sampler, before any work starts."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         if self.judge is not None:
             check_judge(self.judge, pl_module)
         folder = self.folder(trainer)
@@ -168,7 +168,7 @@ class SampleQuality(Callback):
         if (folder / CARD_NAME).exists():
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
 
-    def _begin(self, module: DDSSModule) -> None:
+    def _begin(self, module: SamplingModule) -> None:
         real = module.real_features()
         if self._real is not real:
             self._real = real
@@ -211,7 +211,7 @@ class SampleQuality(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the initial sampler; a resumed fit has its scores, and sees that its best sampler is in its folder."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         folder = self.folder(trainer)
         if self.best and not (folder / CARD_NAME).exists():
             self._write(trainer, pl_module, folder)
@@ -226,7 +226,9 @@ class SampleQuality(Callback):
             for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
                 if received:
                     break
-                self._update(pl_module.validation_step(batch, index), batch)
+                with trainer.precision_plugin.val_step_context():
+                    images = pl_module.validation_step(batch, index)
+                self._update(images, batch)
         # Before the scores, for which all processes wait for each other.
         if agreed(trainer, bool(received)):
             stop(trainer, signal.SIGTERM, NOTHING_LEARNED)
@@ -238,7 +240,7 @@ class SampleQuality(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Start from empty metrics."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         self._begin(pl_module)
 
     def on_validation_batch_end(  # noqa: D102 - Lightning's hook
@@ -257,7 +259,7 @@ class SampleQuality(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log, and keep the sampler if it is the best so far."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         if trainer.sanity_checking:
             return
         for name, value in self._compute(trainer).items():
@@ -274,7 +276,7 @@ class SampleQuality(Callback):
 
     # ------------------------------------------------------------------------------------------------ selection
 
-    def _select(self, trainer: Trainer, module: DDSSModule) -> None:
+    def _select(self, trainer: Trainer, module: SamplingModule) -> None:
         score = self.scores[self.monitor]
         if not math.isfinite(score) or (self.best and score >= self.best[self.monitor]):
             return
@@ -283,7 +285,7 @@ class SampleQuality(Callback):
         self.best_sampler = copy.deepcopy(module.averaged.state_dict())
         self._write(trainer, module, folder)
 
-    def _write(self, trainer: Trainer, module: DDSSModule, folder: Path) -> None:
+    def _write(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         scores = {
@@ -300,7 +302,7 @@ class SampleQuality(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
-        assert isinstance(pl_module, DDSSModule)
+        assert isinstance(pl_module, SamplingModule)
         if not self.best:
             return
         pl_module.averaged.load_state_dict(self.best_sampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Denoiser(Frozen, ABC):
     def state_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the states x_t: those of the images, but for latent models."""
         return self.image_shape
+
+    def settings(self) -> dict[str, Any]:
+        """What else than its weights its images depend on, in values of JSON; `fingerprint` is of the weights alone."""
+        return {}
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images, shape (N, *image_shape), around [-1, 1], of last states, shape (N, *state_shape)."""

@@ -125,6 +125,14 @@ class DiffusersDenoiser(Denoiser):
         """(channels, height, width) of x_t."""
         return self._state_shape
 
+    def settings(self) -> dict[str, Any]:
+        """The null label of a network with classes; scale and shift of a latent model's states."""
+        found = {} if self.null_label is None else {"null_label": self.null_label}
+        if self.vae is None:
+            return found
+        config: Any = self.vae.config
+        return {**found, "scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
+
     def decode(self, x_0: Tensor) -> Tensor:
         """Images of last states."""
         if self.vae is None:

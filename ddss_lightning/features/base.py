@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from ddss_lightning.frozen import Frozen
@@ -85,6 +86,11 @@ class FeatureExtractor(Frozen, ABC):
         Returns:
             Shape (N, d).
         """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images it takes: that of its first parameter, float32 where it has none."""
+        return next((value.dtype for value in self.parameters()), torch.float32)
 
     def check_input(self, images: Tensor) -> None:
         """Make sure that images are floats of shape (N, *image_shape).

@@ -20,7 +20,7 @@ class WeightedSum(SampleLoss):
 
     Raises:
         ValueError: no loss, a weight for a name that no loss has, one that is negative or not finite, a name that logs
-            use for something else.
+            use for something else, or that `nn.ModuleDict` has already, such as `type` or `keys`.
     """
 
     def __init__(self, losses: dict[str, SampleLoss], weights: dict[str, float] | None = None) -> None:
@@ -29,7 +29,7 @@ class WeightedSum(SampleLoss):
         if not losses:
             raise ValueError("losses must hold at least one loss, got {}.")
         for name in losses:
-            if name in RESERVED or not name.isidentifier():
+            if name in RESERVED or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"A loss cannot be called '{name}'; give it another name, such as 'first'.")
         for name, weight in weights.items():
             if name not in losses:

@@ -12,7 +12,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddss_lightning import DigitsDataModule, GGDMSampler, Interruption, ResidualFeatures, SampleQuality, SamplerPictures
+from ddss_lightning import (
+    DigitsDataModule,
+    GGDMSampler,
+    Interruption,
+    ResidualFeatures,
+    SampleQuality,
+    SamplerPictures,
+    SamplingModule,
+)
 from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
@@ -49,6 +57,16 @@ def test_scores_and_pictures_reach_tensorboard(tmp_path):
     assert card["base_model"]["fingerprint"] == module.denoiser.fingerprint()
     saved = GGDMSampler.from_pretrained(folder / "sampler")
     assert torch.equal(saved.corrections["mu"], module.sampler.corrections["mu"])
+
+
+def test_what_does_not_learn_has_the_same_scores(tmp_path):
+    learner, scores = make(seed=3), []
+    for module in (learner, SamplingModule(learner.denoiser, learner.sampler, learner.features, seed=3)):
+        callbacks = [SampleQuality(), SamplerPictures()]
+        trainer(tmp_path, 1, callbacks=callbacks, enable_checkpointing=False).validate(module, data(), verbose=False)
+        scores.append(callbacks[0].scores)
+    assert scores[0] == scores[1]
+    assert scores[0]["fid"] > 0
 
 
 def test_the_score_is_the_formula_on_the_held_out_noise(tmp_path):

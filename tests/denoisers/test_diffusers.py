@@ -19,9 +19,11 @@ from huggingface_hub import errors
 from lightning.pytorch import Trainer
 from torch._dynamo.testing import CompileCounter
 
-from ddss_lightning import DDSSModule, DigitsDataModule
+from ddss_lightning import DDSSModule, DigitsDataModule, SamplingModule, TeacherPairs
+from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.noise import held_out_noise
 from ddss_lightning.remat import measured_call
 from tests.conftest import DDPM
 
@@ -234,6 +236,18 @@ def test_a_sampler_of_a_latent_model_learns(latent_folder, features, tmp_path):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
+def test_the_grid_of_a_latent_model_is_of_images(latent_folder, features, tmp_path):
+    denoiser = DiffusersDenoiser.from_pretrained(latent_folder)
+    module = SamplingModule(denoiser, GGDMSampler(denoiser.schedule, 3), features)
+    scores = Scores(tmp_path / "scores.json", {})
+    data, settings = DigitsDataModule(), Comparison(num_images=20)
+    scorer = Scorer(module, data, Trainer(logger=False), scores, settings, None, lambda _: None)
+    found = scorer.images(Candidate("ours", 3, "learned", module.sampler), seed=1)
+    x_T, noise = held_out_noise("test/1", list(range(len(found))), denoiser.state_shape, 3)
+    assert torch.equal(found, module.generate(x_T, noise))
+    assert found.shape[1:] == (1, 8, 8)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The models in `tmp_path` as those of the hub; `faults`: what it answers to the names of files instead."""
@@ -308,6 +322,19 @@ def test_what_a_decoder_gets_and_gives():
     with torch.autocast("cpu", torch.bfloat16):
         assert denoiser.decode(latents).dtype == torch.float32
     assert denoiser.decode(torch.zeros(2, 2, 4, 4)).shape[1:] == denoiser.image_shape == (1, 16, 16)
+
+
+def test_a_teacher_of_other_settings_has_other_images(labelled, latent_folder, denoiser):
+    """Null label, scale and shift are no weights: the fingerprint, which cards hold, is the same."""
+    pairs = TeacherPairs(num_steps=4)
+    assert pairs.key(denoiser)["denoiser"] == denoiser.fingerprint()
+    latent = [DiffusersDenoiser.from_pretrained(latent_folder) for _ in range(3)]
+    latent[1].vae.register_to_config(scaling_factor=0.25)
+    latent[2].vae.register_to_config(shift_factor=0.25)
+    other = DiffusersDenoiser(labelled.unet, labelled.schedule, null_label=1)
+    for models in ([labelled, other], latent):
+        assert len({model.fingerprint() for model in models}) == 1
+        assert len({pairs.folder(model) for model in models}) == len(models)
 
 
 def test_a_compiled_network_is_not_compiled_again_at_each_step(schedule):

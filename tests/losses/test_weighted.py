@@ -55,6 +55,6 @@ def test_bad_arguments():
         WeightedSum({"kid": KIDLoss()}, {"fid": 1.0})
     with pytest.raises(ValueError, match="The weight of 'kid' must be a number of at least 0, got -1"):
         WeightedSum({"kid": KIDLoss()}, {"kid": -1})
-    for name in ("loss", "a/b"):
+    for name in ("loss", "a/b", "type", "keys"):
         with pytest.raises(ValueError, match=f"A loss cannot be called '{name}'"):
             WeightedSum({name: KIDLoss()})
