@@ -58,7 +58,7 @@ def main() -> None:
     """Learn all, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument("--max_steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("runs/precision"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
         cells = [f"**{row['fid']:.2f}** ({row['start']:.2f} -> {row['validation']:.2f})" for row in rows]
         mean = sum(row["fid"] for row in rows) / len(rows)
         lines.append(f"| {precision} | {' | '.join(cells)} | {mean:.2f} |")
-    result = {"command": "python benchmarks/precision.py", **environment(), "results": results}
+    result = {"command": f"python benchmarks/precision.py --max_steps {given.max_steps}", **environment(), "results": results}
     write(given.results / "precision", "Learning in bf16-mixed and in float32", "\n".join(lines), result)
 
 
