@@ -5,6 +5,9 @@ import torch
 
 from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.data.digits import load_digits_tensors
+from ddss_lightning.data.glyphs import load_glyphs
+from ddss_lightning.denoisers import DiffusersDenoiser
+from ddss_lightning.features import ConvFeatures
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
@@ -32,3 +35,32 @@ def test_shipped_sampler_belongs_to_the_shipped_model_and_beats_its_anchor(denoi
                 space.update(to_pixels(sampler(denoiser, x, noise=z)), indices)
             fid[name] = space.compute()["fid"]
     assert fid["learned"] < fid["anchor"]
+
+
+@pytest.fixture(scope="module")
+def glyphs_denoiser():
+    return DiffusersDenoiser.from_pretrained(ROOT / "checkpoints" / "glyphs-ddpm")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("glyphs-ggdm-*")), ids=lambda p: p.name)
+def test_shipped_sampler_of_glyphs_belongs_to_the_shipped_model(glyphs_denoiser, folder):
+    learned, card = GGDMSampler.from_pretrained(folder), read_card(folder)
+    assert learned.num_steps == int(folder.name.rpartition("-")[2])
+    assert card["base_model"]["fingerprint"] == glyphs_denoiser.fingerprint()
+    assert learned.schedule.matches(glyphs_denoiser.schedule)
+
+
+@torch.no_grad()
+def test_five_calls_on_glyphs_beat_their_anchor(glyphs_denoiser, tmp_path):
+    """By far more than 300 images can be wrong: 197 against 393 with 5000."""
+    features = ConvFeatures.from_pretrained(ROOT / "checkpoints" / "glyphs-features")
+    learned = GGDMSampler.from_pretrained(ROOT / "checkpoints" / "glyphs-ggdm-5")
+    anchor = GGDMSampler(glyphs_denoiser.schedule, **{**learned.config, "learn": ()})
+    real = features(load_glyphs("train", 16, tmp_path, num_images=2000).pixels.float() / 127.5 - 1)
+    x_T, noise = held_out_noise("test/0", list(range(300)), (3, 16, 16), 5)
+    fid = []
+    for sampler in (learned, anchor):
+        space = FeatureSpace(features, real, fid_only=True)
+        space.update(to_pixels(sampler(glyphs_denoiser, x_T, noise=noise)), torch.arange(300))
+        fid.append(space.compute()["fid"])
+    assert fid[0] < 0.8 * fid[1]
