@@ -80,7 +80,11 @@ def main() -> None:
         cells = [f"**{row['fid']:.2f}** ({row['start']:.2f} -> {row['validation']:.2f})" for row in rows]
         mean = sum(row["fid"] for row in rows) / len(rows)
         lines.append(f"| {precision} | {' | '.join(cells)} | {mean:.2f} |")
-    result = {"command": f"python benchmarks/precision.py --max_steps {given.max_steps}", **environment(), "results": results}
+    result = {
+        "command": f"python benchmarks/precision.py --max_steps {given.max_steps}",
+        **environment(),
+        "results": results,
+    }
     write(given.results / "precision", "Learning in bf16-mixed and in float32", "\n".join(lines), result)
 
 

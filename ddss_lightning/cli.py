@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
 from ddss_lightning.commands import COMMANDS
@@ -125,6 +125,8 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         DDSSModule,
         ImageDataModule,
         subclass_mode_data=True,
+        # Objects that are only made leave no file behind when they are used.
+        save_config_callback=SaveConfigCallback if run else None,
         seed_everything_default=0,
         parser_kwargs={
             "exit_on_error": False,

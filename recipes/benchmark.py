@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -227,8 +226,6 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> None:
     resumed = (run.folder / "logs" / "version_0" / "checkpoints" / "last.ckpt").exists()
     started = time.time(), time.process_time()
     cli: DDSSCommandLine = command_line(["-c", sweep.base, "-c", str(recipe)], run=False)
-    # The recipe lies in the folder already.
-    cli.trainer.callbacks = [each for each in cli.trainer.callbacks if not isinstance(each, SaveConfigCallback)]
     diverged = False
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path="last")

@@ -237,3 +237,10 @@ def test_the_console_script_exits_with_the_right_status():
     assert bad.returncode != 0
     assert "none.yaml" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_objects_of_a_recipe_leave_no_file_behind(tmp_path, monkeypatch):
+    flags = ["-c", RECIPE, *QUICK, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    cli = command_line(flags, run=False)
+    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    assert not list(tmp_path.iterdir())
