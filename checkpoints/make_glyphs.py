@@ -163,7 +163,7 @@ def make_features(folder: Path, data: GlyphArrays, settings: Settings, device: s
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
     seconds = train_encoder(folder, network, nn.ModuleDict({"label": network.head}), data, settings, device)
-    network.to(memory_format=torch.contiguous_format).save_pretrained(folder)
+    network.save_pretrained(folder)
     return network.freeze(), seconds
 
 
@@ -176,7 +176,7 @@ def make_judge(
     outputs = {"face": len(TRAIN_FACES), "scene": data.parameters.shape[1]}
     heads = nn.ModuleDict({name: nn.Linear(network.num_features, num) for name, num in outputs.items()})
     seconds = train_encoder(folder, network, heads, data, settings, device)
-    network.to(memory_format=torch.contiguous_format).save_pretrained(folder)
+    network.save_pretrained(folder)
     return network.freeze(), heads.requires_grad_(False), seconds
 
 

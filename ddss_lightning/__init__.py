@@ -16,11 +16,12 @@ if TYPE_CHECKING:
         FeatureExtractor,
         InceptionFeatures,
         ModuleFeatures,
+        RandomFeatures,
         ResidualFeatures,
     )
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
-    from ddss_lightning.losses import FrechetLoss, KIDLoss, SampleLoss, TeacherLoss, WeightedSum
+    from ddss_lightning.losses import FrechetLoss, InFeatures, KIDLoss, SampleLoss, TeacherLoss, WeightedSum
     from ddss_lightning.metrics import (
         FrechetDistance,
         InceptionScore,
@@ -42,10 +43,17 @@ _ROOMS = {
     "coefficients": ("Coefficients",),
     "data": ("DigitsDataModule", "GlyphsDataModule", "ImageDataModule", "ImageFolderDataModule"),
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
-    "features": ("ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures", "ResidualFeatures"),
+    "features": (
+        "ConvFeatures",
+        "FeatureExtractor",
+        "InceptionFeatures",
+        "ModuleFeatures",
+        "RandomFeatures",
+        "ResidualFeatures",
+    ),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
-    "losses": ("FrechetLoss", "KIDLoss", "SampleLoss", "TeacherLoss", "WeightedSum"),
+    "losses": ("FrechetLoss", "InFeatures", "KIDLoss", "SampleLoss", "TeacherLoss", "WeightedSum"),
     "metrics": (
         "FrechetDistance",
         "InceptionScore",
@@ -79,6 +87,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageWriter",
+    "InFeatures",
     "InceptionFeatures",
     "InceptionScore",
     "Interruption",
@@ -89,6 +98,7 @@ __all__ = [
     "ModuleFeatures",
     "NoiseSchedule",
     "PrecisionRecall",
+    "RandomFeatures",
     "ReferenceStatistics",
     "ResidualFeatures",
     "SampleLoss",

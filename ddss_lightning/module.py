@@ -26,6 +26,7 @@ from ddss_lightning.losses.slope import full_precision, slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for
 from ddss_lightning.replay import Replay
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
 TARGETS = frozenset({"target", "target_features"})
@@ -156,7 +157,7 @@ class DDSSModule(SamplingModule):
         """
         real = self.real_features()
         if self.gauss_newton is None:
-            self.loss.fit_real(real)
+            self.loss.fit_real(real, self.encode_real)
         if self.trainer.world_size > 1 and not self.gather_features and self.loss.has_memory:
             raise ValueError(
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
@@ -172,8 +173,12 @@ class DDSSModule(SamplingModule):
     def _load_teacher(self) -> TeacherImages:
         assert self.teacher is not None
         self.teacher.batch(0, self.trainer.world_size * self.batch_size)
-        self.teacher.make(self.denoiser, self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
+        where = (self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
+        with noted(*SIGNALS) as received:
+            self.teacher.make(self.denoiser, *where, told_to_stop=lambda: bool(received))
         self.trainer.strategy.barrier("teacher")
+        if agreed(self.trainer, bool(received)):
+            stop(self.trainer, received[0] if received else SIGNALS[0], f"{NOTHING_LEARNED}; its images are kept")
         shape = (self.teacher.num_pairs, *self.denoiser.state_shape)
         if not self.teacher.relax_radius:
             self._offsets = None
@@ -466,9 +471,9 @@ class DDSSModule(SamplingModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def _compared(self) -> dict[str, Any]:
-        """The class of each loss, and the teacher pairs where one needs them, but for how they are kept on disk."""
+        """What each loss is, and the teacher pairs where one needs them, but for how they are kept on disk."""
         parts = self.loss.named_modules(prefix="loss")
-        found: dict[str, Any] = {name: type(part).__name__ for name, part in parts if isinstance(part, SampleLoss)}
+        found: dict[str, Any] = {name: part.identity() for name, part in parts if isinstance(part, SampleLoss)}
         if self.teacher is not None and self.needs_teacher:
             settings = dataclasses.asdict(self.teacher).items()
             found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}

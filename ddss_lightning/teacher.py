@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,8 +148,12 @@ class TeacherPairs:
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
+        told_to_stop: Callable[[], bool] = lambda: False,
     ) -> list[Path]:
-        """Make the missing ones of every W-th file, W processes, with states of `dtype`. Returns what was made."""
+        """Make the missing ones of every W-th file, W processes, with states of `dtype`. Returns what was made.
+
+        Before each file it asks whether it is `told_to_stop`; another call goes on with what is missing.
+        """
         from rich.progress import track
 
         folder, sampler, made = self.folder(denoiser), self.sampler(denoiser), []
@@ -160,6 +164,8 @@ class TeacherPairs:
         folder.mkdir(parents=True, exist_ok=True)
         steps = f"teacher: {self.num_steps} calls for each of {self.chunk_size} images"
         for path, chunk in track(missing, steps, disable=rank != 0):
+            if told_to_stop():
+                break
             x_T = self.noise(list(chunk), denoiser.state_shape).to(device, dtype)
             images = to_uint8(to_pixels(denoiser.decode(sampler(denoiser, x_T))))
             with replacing(path) as partial:

@@ -16,7 +16,9 @@ from ddss_lightning import (
     DigitsDataModule,
     FrechetLoss,
     GGDMSampler,
+    InFeatures,
     KIDLoss,
+    RandomFeatures,
     TeacherLoss,
     TeacherPairs,
     WeightedSum,
@@ -48,6 +50,7 @@ def loss_of(way, real):
     """Of all kinds; of pixels alone, for which no feature network is called; or the KID."""
     if "sum" in way:
         kinds = {"kid": KIDLoss(), "frechet": FrechetLoss(), "x": TeacherLoss("l2"), "phi": TeacherLoss("features")}
+        kinds["random"] = InFeatures(RandomFeatures(1, 8, 4, 2), KIDLoss(standardize=True), batch_size=5)
         return WeightedSum(kinds, {"frechet": 0.5, "x": 3.0})
     return TeacherLoss() if "pixels" in way else KIDLoss(real=real)
 

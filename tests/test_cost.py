@@ -41,7 +41,8 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
     before = copy.deepcopy(sampler.state_dict())
     planned, of_teacher = calls_per_step(module), teacher_calls(module)
     assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=Mock())
+    strategy = Mock(reduce_boolean_decision=lambda wish, **_: wish)
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=strategy)
     module.log = lambda *_args, **_kwargs: None
     module._real = features(torch.rand(200, 1, 8, 8))
     module._real_source = None

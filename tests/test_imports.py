@@ -17,8 +17,9 @@ ALLOWED = {
     "noise": set(),
     "schedule": set(),
     "coefficients": set(),
-    "losses": {"frozen"},
+    "signals": set(),
     "features": {"frozen"},
+    "losses": {"features", "frozen"},
     "metrics": {"features", "losses"},
     "denoisers": {"schedule", "frozen"},
     "solvers": {"schedule", "coefficients"},
@@ -45,9 +46,10 @@ ALLOWED = {
         "noise",
         "replay",
         "sampling",
+        "signals",
         "teacher",
     },
-    "callbacks": {"features", "files", "ggdm", "images", "metrics", "pictures", "sampling"},
+    "callbacks": {"features", "files", "ggdm", "images", "metrics", "pictures", "sampling", "signals"},
     "cost": {"ggdm", "module", "replay"},
     "commands": {"ggdm", "pictures", "scheduler"},
     "compare": {
@@ -76,7 +78,7 @@ ALLOWED = {
         "schedule",
     },
 }
-LIGHTNING = {"sampling", "module", "callbacks", "data", "compare", "cli"}
+LIGHTNING = {"signals", "sampling", "module", "callbacks", "data", "compare", "cli"}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}
 
 

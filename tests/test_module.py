@@ -1,4 +1,6 @@
 import copy
+import os
+import signal
 import warnings
 from types import SimpleNamespace
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
 from ddss_lightning import (
     ConvFeatures,
@@ -440,6 +443,10 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
     for other, message in (
         ({"loss": FrechetLoss()}, kinds),
         (names, "loss.losses.frechet: FrechetLoss instead of None, loss.losses.f: None instead of FrechetLoss"),
+        (
+            {"loss": WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss("features")})},
+            r"loss.losses.x: TeacherLoss\(l2\) instead of TeacherLoss\(features\)",
+        ),
         ({"seed": 1}, r"\(teacher.seed: 0 instead of 1\); resume with the recipe it was started with"),
         ({"num_pairs": 30, "anchor": "ddim"}, "teacher.num_pairs: 20 instead of 30, teacher.anchor: dpmpp_2m instead"),
     ):
@@ -495,6 +502,35 @@ def test_a_teacher_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"A batch of 16 images.* there are 15"):
         trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
     assert list(tmp_path.glob("teacher-*")) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_told_to_stop_while_the_teachers_images_are_made(tmp_path, monkeypatch, name):
+    """After the file that is under way; the next fit makes what is missing."""
+    number, made = getattr(signal, name), []
+
+    def save_and_tell(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        made.append(path)
+        if len(made) == 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("ddss_lightning.teacher.save_file", save_and_tell)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+
+    def fit():
+        teacher = TeacherPairs(20, 4, chunk_size=8, cache_dir=str(tmp_path))
+        runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0)
+        runner.fit(make(loss=TeacherLoss(), teacher=teacher), data(steps=1))
+        return runner.global_step
+
+    with pytest.raises(SystemExit) as stopped:
+        fit()
+    assert stopped.value.code == 128 + number
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert len(made) == 1
+    assert fit() == 1
+    assert len(made) == 3
 
 
 def test_each_process_with_moments_of_its_own_is_refused():

@@ -6,56 +6,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddss_lightning.files import replacing
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-NOTHING_LEARNED = "nothing was learned since the start. To start again: the same command"
-
-
-@contextmanager
-def sigterm_noted() -> Iterator[list[signal.Signals]]:
-    """In this context SIGTERM only adds itself to the list.
-
-    In place of Lightning's handler, which calls collectives of its own at whatever point a process is.
-    """
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(signal.SIGTERM))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def agreed(trainer: Trainer, wish: bool) -> bool:
-    """Whether any process wishes it. To be called on all processes."""
-    return trainer.strategy.reduce_boolean_decision(wish, all=False)
-
-
-def stop(trainer: Trainer, number: signal.Signals, what: str) -> NoReturn:
-    """End the process, with a line that says what was kept. To be called on all processes.
-
-    Raises:
-        SIGTERMException: always.
-    """
-    rank_zero_info(f"{number.name} after step {trainer.global_step}: {what}.")
-    # One process speaks for all: its launcher kills the main process when another one ends with an error.
-    raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
+from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, stop
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ddss_lightning.callbacks.interruption import NOTHING_LEARNED, agreed, sigterm_noted, stop
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.ggdm import CARD_NAME
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.signals import NOTHING_LEARNED, agreed, noted, stop
 
 Score = Literal["fid", "kid"]
 
@@ -221,7 +221,7 @@ class SampleQuality(Callback):
         limit = trainer.limit_val_batches
         batches = loader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
-        with sigterm_noted() as received:
+        with noted(signal.SIGTERM) as received:
             self._begin(pl_module)
             for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
                 if received:

@@ -5,6 +5,15 @@ from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.convnet import ConvFeatures
 from ddss_lightning.features.inception import InceptionFeatures
 from ddss_lightning.features.load import load_any
+from ddss_lightning.features.random import RandomFeatures
 from ddss_lightning.features.residual import ResidualFeatures
 
-__all__ = ["ConvFeatures", "FeatureExtractor", "InceptionFeatures", "ModuleFeatures", "ResidualFeatures", "load_any"]
+__all__ = [
+    "ConvFeatures",
+    "FeatureExtractor",
+    "InceptionFeatures",
+    "ModuleFeatures",
+    "RandomFeatures",
+    "ResidualFeatures",
+    "load_any",
+]

@@ -24,7 +24,8 @@ def save_features(network: FeatureExtractor, config: dict[str, Any], save_direct
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": type(network).__name__, **config}, indent=2) + "\n")
-    save_file(network.state_dict(), folder / WEIGHTS_NAME)
+    # Weights may lie channels last.
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS_NAME)
 
 
 def load_features(pretrained_path: str | Path, *classes: type[FeaturesT]) -> FeaturesT:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ddss_lightning.features.base import FeatureExtractor
+
 
 def _own(values: Tensor) -> Tensor:
     return values
@@ -70,8 +72,13 @@ class SampleLoss(nn.Module, ABC):
         super().__init__()
         self.terms: dict[str, Tensor] = {}
 
-    def fit_real(self, features: Tensor) -> None:
-        """Learn what is needed of the features of all real images, shape (m, d), before the first step."""
+    def fit_real(self, features: Tensor, encode_real: Callable[[FeatureExtractor], Tensor] | None = None) -> None:
+        """Learn what is needed of all real images before the first step.
+
+        Args:
+            features: of the module's network, shape (m, d).
+            encode_real: network -> its features of the same images, for losses that have one of their own.
+        """
 
     @abstractmethod
     def forward(self, samples: Samples) -> Tensor:
@@ -79,6 +86,10 @@ class SampleLoss(nn.Module, ABC):
 
     def advance(self) -> None:
         """The step of the last `forward` was taken: remember it."""
+
+    def identity(self) -> str:
+        """What must be the same for a fit to be resumed, in one line."""
+        return type(self).__name__
 
     def memory(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on to the last bit."""

@@ -71,7 +71,9 @@ def kid(generated: Tensor, real: Tensor, kernel: Kernel = "cubic") -> Tensor:
 class KIDLoss(SampleLoss):
     """`kid` of features that were divided by the root mean square of the real ones; over all processes.
 
-    Without that scale the cubic kernel's gradients are in the millions. The scale and the real-real term come from
+    Without that scale the cubic kernel's gradients are in the millions. Where features have a mean far larger than
+    their spread, as those of `RandomFeatures`, the kernel sees little but the mean: `standardize` shifts each of them
+    to mean 0, and divides it by its standard deviation, of the real ones. The scale and the real-real term come from
     the bank of real features that `fit_real` receives once; the bank itself is what generated images are compared
     with (`real="bank"`: less gradient noise) unless a minibatch of real features is given at each step
     (`real="batch"`).
@@ -79,15 +81,20 @@ class KIDLoss(SampleLoss):
     Args:
         kernel: `cubic` or `linear`.
         real: `bank` or `batch`.
+        standardize: each feature for itself.
 
     Raises:
         ValueError: an unknown kernel or choice of real features.
     """
 
     name = "kid"
+    shift: Tensor
+    scale: Tensor
     bank: Tensor
 
-    def __init__(self, kernel: Kernel = "cubic", real: Literal["bank", "batch"] = "bank") -> None:
+    def __init__(
+        self, kernel: Kernel = "cubic", real: Literal["bank", "batch"] = "bank", standardize: bool = False
+    ) -> None:
         super().__init__()
         if kernel not in KERNELS:
             raise ValueError(f"Unknown kernel '{kernel}'; choose one of {', '.join(KERNELS)}.")
@@ -95,19 +102,26 @@ class KIDLoss(SampleLoss):
             raise ValueError(f"real must be 'bank' or 'batch', got '{real}'.")
         self.kernel: Kernel = kernel
         self.real = real
+        self.standardize = standardize
         self.needs = frozenset({"features", "real"} if real == "batch" else {"features"})
-        self.scale = 1.0
         self.real_term = 0.0
-        self.register_buffer("bank", torch.empty(0), persistent=False)
+        for name, value in {"shift": torch.zeros(1), "scale": torch.ones(1), "bank": torch.empty(0)}.items():
+            self.register_buffer(name, value, persistent=False)
 
-    def fit_real(self, features: Tensor) -> None:
+    def fit_real(self, features: Tensor, encode_real: object = None) -> None:  # noqa: ARG002 - see the base class
         """Take the scale, the real-real term and (for `real="bank"`) the bank from features of shape (m, d).
 
         Raises:
             ValueError: fewer than two vectors, or numbers that are not finite.
         """
-        self.scale = feature_scale(features, "KID")
-        scaled = features.detach().double() / self.scale
+        rms = feature_scale(features, "KID")
+        real = features.detach().double()
+        if self.standardize:
+            # A feature that is constant on real images is none.
+            self.shift, self.scale = real.mean(0), real.std(0).clamp(min=1e-6 * rms)
+        else:
+            self.shift, self.scale = real.new_zeros(1), real.new_full((1,), rms)
+        scaled = self._scaled(real)
         self.real_term = float(mean_within(scaled, self.kernel))
         self.bank = scaled.float() if self.real == "bank" else torch.empty(0)
 
@@ -121,10 +135,13 @@ class KIDLoss(SampleLoss):
         generated = generated.to(torch.promote_types(generated.dtype, torch.float32))
         if self.real == "batch":
             real = samples.gather(samples["real"])
-            return kid(generated / self.scale, real.to(generated.dtype) / self.scale, self.kernel)
+            return kid(self._scaled(generated), self._scaled(real.to(generated.dtype)), self.kernel)
         if not len(self.bank):
             raise ValueError("KIDLoss has no real features: call `fit_real` first.")
-        scaled = generated / self.scale
+        scaled = self._scaled(generated)
         within = mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel))
         across = polynomial_kernel(scaled, self.bank.to(scaled), self.kernel).mean()
         return within + self.real_term - 2 * across
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return (features - self.shift.to(features)) / self.scale.to(features)

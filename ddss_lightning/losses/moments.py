@@ -50,7 +50,7 @@ class FrechetLoss(SampleLoss):
         self._memory: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
 
-    def fit_real(self, features: Tensor) -> None:
+    def fit_real(self, features: Tensor, encode_real: object = None) -> None:  # noqa: ARG002 - see the base class
         """Take the moments of real features, shape (m, d).
 
         Raises:

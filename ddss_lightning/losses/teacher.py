@@ -50,13 +50,17 @@ class TeacherLoss(SampleLoss):
         self.scale = 1.0
         self.perceptual = PerceptualDistance(backbone, download) if distance == "lpips" else None
 
-    def fit_real(self, features: Tensor) -> None:
+    def fit_real(self, features: Tensor, encode_real: object = None) -> None:  # noqa: ARG002 - see the base class
         """Take the scale of the features.
 
         Raises:
             ValueError: fewer than two vectors, or numbers that are not finite.
         """
         self.scale = feature_scale(features, "TeacherLoss")
+
+    def identity(self) -> str:
+        """With the distance."""
+        return f"TeacherLoss({self.distance})"
 
     def forward(self, samples: Samples) -> Tensor:
         """The mean over the images of this process.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.losses.base import SampleLoss, Samples
 
 # Logged by the module under these names.
@@ -41,10 +44,10 @@ class WeightedSum(SampleLoss):
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.has_memory = any(loss.has_memory for loss in losses.values())
 
-    def fit_real(self, features: Tensor) -> None:
+    def fit_real(self, features: Tensor, encode_real: Callable[[FeatureExtractor], Tensor] | None = None) -> None:
         """Give all losses their real features."""
         for _, loss in self._named():
-            loss.fit_real(features)
+            loss.fit_real(features, encode_real)
 
     def forward(self, samples: Samples) -> Tensor:
         """The sum."""

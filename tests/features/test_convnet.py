@@ -8,7 +8,7 @@ from ddss_lightning.features import ConvFeatures, FeatureExtractor
 def test_save_and_load(tmp_path):
     torch.manual_seed(0)
     network = ConvFeatures(image_channels=3, image_size=4, width=4, num_features=6, num_classes=3)
-    network.save_pretrained(tmp_path)
+    network.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
     again = ConvFeatures.from_pretrained(tmp_path)
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(again(images), network(images))

@@ -85,3 +85,15 @@ def test_a_large_bank_needs_no_large_memory(monkeypatch):
     loss.fit_real(features)
     assert max(sizes) <= room.BLOCK
     assert loss.real_term == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_standardized_features_have_mean_zero_and_deviation_one():
+    real, generated = draw(50, 3) * torch.tensor([1e-2, 1.0, 5.0]) + 100, draw(20, 3, seed=1) + 99
+    loss = KIDLoss(standardize=True)
+    loss.fit_real(real)
+    expected = kid((generated - real.mean(0)) / real.std(0), (real - real.mean(0)) / real.std(0))
+    torch.testing.assert_close(loss(Samples(generated)), expected, rtol=1e-4, atol=1e-4)
+    # A shift of all features is one of the images, not of the score.
+    shifted = KIDLoss(standardize=True)
+    shifted.fit_real(real - 100)
+    torch.testing.assert_close(shifted(Samples(generated - 100)), expected, rtol=1e-3, atol=1e-3)
