@@ -314,45 +314,12 @@ class DDSSModule(SamplingModule):
 
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
-
-        def draws(purpose: str, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
-            """Noise of this step, in batches."""
-            generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
-            for part in torch.arange(num_images).split(self.batch_size):
-                yield draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
-
-        def everyone(moments: Tensor) -> Tensor:
-            """The mean over processes."""
-            return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
-
-        def moments_of(x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
-            (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
-            return distance.moments(features)
-
-        def moments(purpose: str, num_images: int) -> Tensor:
-            """Of samples as they are scored."""
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for x_T, noise in draws(purpose, num_images):
-                with torch.autocast(self.device.type, enabled=False):
-                    total = total + moments_of(self._last_state(self.sampler, x_T, noise), to_pixels) * len(x_T)
-            return everyone(total / num_images)
-
-        # Differences of a thousandth drown in the rounding of bfloat16 and of pixels.
-        with torch.autocast(self.device.type, enabled=False):
-            ((x_T, noise),) = draws("differences", self.batch_size)
-            x_T = x_T.to(device=self.device, dtype=self._image_dtype)
-            replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
-
-        def smooth_moments() -> Tensor:
-            with torch.autocast(self.device.type, enabled=False):
-                return everyone(moments_of(replay(self.sampler.coefficients()), lambda images: images.clamp(-1, 1)))
-
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.corrections.items()},
             distance,
-            smooth_moments,
-            lambda: moments("residual", method.residual_images),
-            lambda: moments("trial", method.trial_images),
+            self._smooth_moments(distance),
+            lambda: self._moments(distance, "residual", method.residual_images),
+            lambda: self._moments(distance, "trial", method.trial_images),
             self._report_differences,
         )
         if not math.isfinite(found["distance"]):
@@ -362,6 +329,46 @@ class DDSSModule(SamplingModule):
         # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
         linear = sum((-delta[name] * value).sum() for name, value in self.sampler.corrections.items())
         return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
+
+    def _smooth_moments(self, distance: FrechetResidual) -> Callable[[], Tensor]:
+        """Moments, for differences, of one batch with the present numbers: of the same noise at each call.
+
+        In full precision and not rounded to pixels: differences of a thousandth drown in either.
+        """
+        ((x_T, noise),) = self._draws("differences", self.batch_size)
+        x_T = x_T.to(device=self.device, dtype=self._image_dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
+
+        def measure() -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                x_0 = replay(self.sampler.coefficients())
+                return self._everyone(self._moments_of(distance, x_0, lambda images: images.clamp(-1, 1)))
+
+        return measure
+
+    def _moments(self, distance: FrechetResidual, purpose: str, num_images: int) -> Tensor:
+        """Moments of samples as they are scored."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x_T, noise in self._draws(purpose, num_images):
+            with torch.autocast(self.device.type, enabled=False):
+                x_0 = self._last_state(self.sampler, x_T, noise)
+                total = total + self._moments_of(distance, x_0, to_pixels) * len(x_T)
+        return self._everyone(total / num_images)
+
+    def _moments_of(self, distance: FrechetResidual, x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
+        (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
+        return distance.moments(features)
+
+    def _draws(self, purpose: str, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Noise of this step and process, in batches."""
+        generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
+        for part in torch.arange(num_images).split(self.batch_size):
+            yield draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
+
+    def _everyone(self, moments: Tensor) -> Tensor:
+        """The mean over processes."""
+        return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
 
     def _skip(self, reason: str) -> None:
         if self._skipped_step == self.global_step:
