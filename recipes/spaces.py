@@ -1,0 +1,98 @@
+"""Frechet distances of glyph samplers in spaces that no loss has seen: is it the images that get better, or one score?
+
+    python recipes/spaces.py checkpoints/glyphs-ggdm-5 checkpoints/glyphs-ggdm-20
+
+For each sampler and DPM-Solver++ 2M with as many calls, on the same noise, against the training images: raw pixels; an
+untrained network of another seed than that of the loss; the middle of the model's own U-Net; the judge; and, first, the
+classifier that the loss does see. Then the part of pixel values at the ends of the range.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from ddss_lightning import ConvFeatures, DiffusersDenoiser, GGDMSampler, RandomFeatures, ResidualFeatures
+from ddss_lightning.data.glyphs import load_glyphs
+from ddss_lightning.images import to_pixels
+from ddss_lightning.metrics import frechet_distance, gaussian_moments
+from ddss_lightning.noise import held_out_noise
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+MIDDLE_TIME = 50.0
+
+
+def middle_of(denoiser: DiffusersDenoiser) -> Callable[[Tensor], Tensor]:
+    """Mean and deviation over positions of the U-Net's middle block, of images as states of little noise."""
+    seen: dict[str, Tensor] = {}
+    denoiser.unet.mid_block.register_forward_hook(lambda _module, _inputs, output: seen.update(h=output))
+
+    def encode(images: Tensor) -> Tensor:
+        denoiser(images, torch.full((len(images),), MIDDLE_TIME))
+        return torch.cat([seen["h"].mean((2, 3)), seen["h"].std((2, 3))], 1)
+
+    return encode
+
+
+@torch.no_grad()
+def generate(denoiser: DiffusersDenoiser, sampler: GGDMSampler, num_images: int, what: str) -> Tensor:
+    """Pixels from the first test noise."""
+    parts = []
+    for indices in track(torch.arange(num_images).split(250), what):
+        x_T, noise = held_out_noise("test/0", indices.tolist(), denoiser.state_shape, sampler.num_steps)
+        parts.append(to_pixels(denoiser.decode(sampler(denoiser, x_T, noise=noise))))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def moments(encode: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the features."""
+    return gaussian_moments(torch.cat([encode(part) for part in images.split(500)]).double())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samplers", nargs="+", type=Path)
+    parser.add_argument("--num_images", type=int, default=2000)
+    parser.add_argument("--num_real", type=int, default=10_000)
+    given = parser.parse_args()
+    denoiser = DiffusersDenoiser.from_pretrained(str(CHECKPOINTS / "glyphs-ddpm"))
+    size = denoiser.image_shape[-1]
+    spaces: dict[str, Callable[[Tensor], Tensor]] = {
+        "classifier": ConvFeatures.from_pretrained(CHECKPOINTS / "glyphs-features"),
+        "pixels": lambda images: images.flatten(1),
+        "untrained": RandomFeatures(3, size, seed=1),
+        "U-Net": middle_of(denoiser),
+        "judge": ResidualFeatures.from_pretrained(CHECKPOINTS / "glyphs-judge"),
+    }
+    samplers = {}
+    for folder in given.samplers:
+        learned = GGDMSampler.from_pretrained(folder)
+        samplers[f"DPM-Solver++ 2M, {learned.num_steps} calls"] = GGDMSampler(
+            denoiser.schedule, learned.num_steps, anchor="dpmpp_2m", stride="quadratic"
+        )
+        samplers[f"{folder}, {learned.num_steps} calls"] = learned
+    sets = {name: generate(denoiser, sampler, given.num_images, name) for name, sampler in samplers.items()}
+    everything = load_glyphs("train", size).pixels
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    images = everything[order[: given.num_real + given.num_images]].float() / 127.5 - 1
+    real = images[: given.num_real]
+    # Others than those that are compared with.
+    sets = {"real images": images[given.num_real :], **sets}
+    print(f"| {given.num_images} images | {' | '.join(spaces)} | saturated |")
+    print("|---" * (len(spaces) + 2) + "|")
+    reference = {name: moments(encode, real) for name, encode in spaces.items()}
+    for name, images in sets.items():
+        found = [float(frechet_distance(*moments(encode, images), *reference[key])) for key, encode in spaces.items()]
+        saturated = float((images.abs() > 0.98).float().mean())
+        print(f"| {name} | {' | '.join(f'{value:.4g}' for value in found)} | {100 * saturated:.1f} % |")
+
+
+if __name__ == "__main__":
+    main()
