@@ -233,7 +233,7 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> None:
         # Its best sampler is kept; the sweep goes on.
         rank_zero_warn(f"{run.folder}: {error}")
         diverged = True
-    quality = cli.quality
+    quality, threads = cli.quality, torch.get_num_threads()
     found = {
         "setting": run.setting,
         "steps": run.steps,
@@ -243,7 +243,7 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> None:
         "processor_minutes": (time.process_time() - started[1]) / 60,
         "resumed": resumed,
         "diverged": diverged,
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{threads} thread{'s' * (threads > 1)}, {platform.machine()}, torch {torch.__version__}",
         "best_step": quality.best_step,
         "validation": quality.best,
         "validation_of_initial_sampler": quality.initial,
