@@ -124,6 +124,12 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
+        for part in self.loss.modules():
+            if isinstance(part, FeatureExtractor) and part.image_shape != denoiser.image_shape:
+                raise ValueError(
+                    f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the loss's "
+                    f"{type(part).__name__} takes {part.image_shape} (channels, height, width); use another."
+                )
         if teacher is None and self.needs_teacher:
             raise ValueError(
                 f"The loss needs {', '.join(sorted(TARGETS & self.loss.needs))} of a teacher: give "

@@ -18,9 +18,11 @@ from ddss_lightning import (
     FrechetLoss,
     GaussNewton,
     GGDMSampler,
+    InFeatures,
     Interruption,
     KIDLoss,
     NoiseSchedule,
+    RandomFeatures,
     SampleQuality,
     TeacherLoss,
     TeacherPairs,
@@ -493,6 +495,12 @@ def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):
     for first, second, equal in ((0, 1, True), (1, 2, False)):
         for before, after in zip(seen[first], seen[second], strict=True):
             assert torch.equal(before, after) == equal
+
+
+def test_a_feature_network_of_the_loss_that_does_not_fit():
+    loss = WeightedSum({"kid": KIDLoss(), "random": InFeatures(RandomFeatures(3, 16), KIDLoss())})
+    with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\), the loss's RandomFeatures takes \(3, 16, 16\)"):
+        make(loss=loss)
 
 
 def test_a_teacher_that_does_not_fit(tmp_path):

@@ -19,7 +19,7 @@ class InFeatures(SampleLoss):
     loss in the module's own space, samplers must please both. Scores stay those of the module's features.
 
     Args:
-        features: the network.
+        features: the network; it is frozen.
         loss: what is measured with it. A `KIDLoss` or `FrechetLoss` of all real images, or a `TeacherLoss` of features.
         batch_size: images that go through the network at once; with more images than that it is computed again in the
             backward pass.
@@ -36,7 +36,7 @@ class InFeatures(SampleLoss):
             raise ValueError("Minibatches of real images are encoded by the module alone; set real='bank'.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.features, self.loss, self.batch_size = features, loss, batch_size
+        self.features, self.loss, self.batch_size = features.freeze(), loss, batch_size
         self.name = loss.name
         pixels = {"features": "images", "target_features": "target"}
         self.needs = frozenset(pixels.get(need, need) for need in loss.needs)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddss_lightning.features import FeatureExtractor
+from ddss_lightning.features import ConvFeatures, FeatureExtractor
 from ddss_lightning.losses import FrechetLoss, InFeatures, KIDLoss, Samples, TeacherLoss, WeightedSum
 from tests.losses.test_kid import draw
 
@@ -74,6 +74,13 @@ def test_it_adds_to_a_loss_in_the_modules_own_features_and_keeps_the_memory_of_i
     assert total.memory().keys() == {"other.mean", "other.second", "other.squared_weights"}
     total.restore({name: 2 * value for name, value in total.memory().items()})
     assert torch.equal(total.losses["other"].memory()["mean"], total.memory()["other.mean"])
+
+
+def test_the_network_is_frozen():
+    network = ConvFeatures(1, 4, 4)
+    loss = InFeatures(network, KIDLoss()).train()
+    assert not network.training
+    assert not any(p.requires_grad for p in loss.parameters())
 
 
 def test_bad_arguments():
