@@ -129,7 +129,11 @@ def main() -> None:
             f"**{row['to_forwards']:.2f}** ({row['bound']}) | {row['bare_ms']:.0f} | **{row['to_bare']:.2f}** | "
             f"{row['features_ms']:.1f} |"
         )
-    command = f"python benchmarks/learning.py --network {given.network} --device {given.device}"
+    steps = " ".join(map(str, given.steps))
+    command = (
+        f"python benchmarks/learning.py --network {given.network} --device {given.device} --steps {steps} "
+        f"--rounds {given.rounds}"
+    )
     result = {"command": command, **environment(), "settings": vars(given), "rows": rows}
     write(Path(given.results) / f"learning-{given.network}", "Time of a learning step", "\n".join(lines), result)
 
