@@ -2,6 +2,7 @@
 
     python checkpoints/make_glyphs.py --preset gpu --output checkpoints --overwrite    # 32x32
     python checkpoints/make_glyphs.py --preset cpu --output checkpoints --overwrite    # 16x16
+    python checkpoints/make_glyphs.py ... --only_ddpm    # with the classifier and the judge that are there
 
 Stages, each with a progress bar: images (once, into the cache), the classifier, the judge, the DDPM, samples of it
 with all 1000 steps, and the figures of the cards. Any of them can be interrupted: each keeps its state in
@@ -19,6 +20,7 @@ import json
 import math
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ class Settings:
         encoder_iterations: of each, with `encoder_batch` images.
         channels: of the resolutions of the U-Net.
         attention: resolutions (0 is the full one) with self-attention.
-        iterations: of the U-Net, with `batch_size` images.
+        iterations: of the U-Net in each round of its training, with `batch_size` images; see `make_ddpm`.
         lr: its peak learning rate.
         ema_decay: of the average of its weights.
         label_dropout: part of the images whose label is replaced by the null label.
@@ -67,7 +69,7 @@ class Settings:
     encoder_batch: int = 256
     channels: tuple[int, ...] = (64, 96, 128)
     attention: tuple[int, ...] = (1, 2)
-    iterations: int = 60_000
+    iterations: tuple[int, ...] = (60_000,)
     batch_size: int = 512
     lr: float = 5e-4
     ema_decay: float = 0.9998
@@ -85,7 +87,7 @@ PRESETS = {
         encoder_batch=128,
         channels=(24, 48, 96),
         attention=(2,),
-        iterations=20_000,
+        iterations=(20_000, 40_000),
         batch_size=64,
         lr=1e-3,
         ema_decay=0.9995,
@@ -199,22 +201,62 @@ def make_unet(settings: Settings) -> UNet2DModel:
 def make_ddpm(
     folder: Path, data: GlyphArrays, settings: Settings, device: str, save_minutes: float = 3.0
 ) -> tuple[DiffusersDenoiser, float]:
-    """Train with the simple loss (Ho et al. 2020, eq. 14), Adam, warm-up and cosine decay, EMA, label dropout."""
+    """Train with the simple loss (Ho et al. 2020, eq. 14), in rounds with warm restarts (Loshchilov and Hutter 2017).
+
+    Each round starts from the averaged weights of the one before, with a fresh Adam, warm-up and cosine decay, and
+    averages its weights anew. Returns the network with the last average, and the seconds of all rounds.
+    """
     torch.manual_seed(settings.seed)
     # Sampling stays linear in the network's output: no clipping of x_0 inside the chain.
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
     schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
-    unet = make_unet(settings).to(device, memory_format=torch.channels_last)
+    unet, seconds = make_unet(settings), 0.0
+
+    def as_denoiser(unet: nn.Module) -> DiffusersDenoiser:
+        return DiffusersDenoiser(copy.deepcopy(unet), schedule, name=folder.name, null_label=NULL_LABEL)
+
+    def preview(done: int, unet: nn.Module) -> None:
+        images = sample_ddim(as_denoiser(unet), 64, 25, settings, device)
+        save_png(image_grid(images, columns=16, scale=3), partial_of(folder) / f"samples-{done:06d}.png")
+
+    for number in range(len(settings.iterations)):
+        unet, spent = train_round(
+            folder, number, unet, noise_scheduler.alphas_cumprod, data, settings, device, save_minutes, preview
+        )
+        seconds += spent
+    finished = copy.deepcopy(unet).cpu().to(memory_format=torch.contiguous_format).eval()
+    finished.save_pretrained(folder / "unet")
+    noise_scheduler.save_pretrained(folder / "scheduler")
+    (folder / "classes.json").write_text(json.dumps({"null_label": NULL_LABEL, "classes": list(CLASSES)}) + "\n")
+    return as_denoiser(unet), seconds
+
+
+def train_round(
+    folder: Path,
+    number: int,
+    unet: UNet2DModel,
+    alphas_cumprod: Tensor,
+    data: GlyphArrays,
+    settings: Settings,
+    device: str,
+    save_minutes: float,
+    preview: Callable[[int, nn.Module], None],
+) -> tuple[UNet2DModel, float]:
+    """One round from the weights of `unet`, with label dropout; returns the averaged network and seconds.
+
+    `preview` is called with the iterations done in all rounds and the averaged network, at each saved state.
+    """
+    unet = unet.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     optimizer = torch.optim.Adam(unet.parameters(), lr=settings.lr)
-    iterations, batch_size = settings.iterations, settings.batch_size
+    earlier, iterations = sum(settings.iterations[:number]), settings.iterations[number]
+    alphas_cumprod, batch_size = alphas_cumprod.to(device), settings.batch_size
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 500) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / iterations)))
     )
 
     def step(iteration: int) -> Tensor:
-        generator = generator_at(settings.seed, iteration, device=device)
+        generator = generator_at(settings.seed, earlier + iteration, device=device)
         index = torch.randint(0, len(data.pixels), (batch_size,), generator=generator, device=device)
         x_0 = images_at(data, index)
         dropped = torch.rand(batch_size, generator=generator, device=device) < settings.label_dropout
@@ -237,22 +279,21 @@ def make_ddpm(
         ema.update_parameters(unet)
         return loss.detach()
 
-    def averaged() -> DiffusersDenoiser:
-        return DiffusersDenoiser(copy.deepcopy(ema.module), schedule, name=folder.name, null_label=NULL_LABEL)
-
-    def preview(done: int) -> None:
-        images = sample_ddim(averaged(), 64, 25, settings, device)
-        save_png(image_grid(images, columns=16, scale=3), partial_of(folder) / f"samples-{done:06d}.png")
-
     names = ("size", "seed", "channels", "attention", "batch_size", "lr", "ema_decay", "label_dropout")
     keep = {"unet": unet, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
-    run = {**run_of(settings, *names), "device": device}
-    seconds = train(folder.name, partial_of(folder), run, keep, step, iterations, save_minutes, preview)
-    finished = copy.deepcopy(ema.module).cpu().to(memory_format=torch.contiguous_format).eval()
-    finished.save_pretrained(folder / "unet")
-    noise_scheduler.save_pretrained(folder / "scheduler")
-    (folder / "classes.json").write_text(json.dumps({"null_label": NULL_LABEL, "classes": list(CLASSES)}) + "\n")
-    return averaged(), seconds
+    run = {**run_of(settings, *names), "device": device, "round": number}
+    partial = partial_of(folder) / f"round-{number}"
+    seconds = train(
+        folder.name,
+        partial,
+        run,
+        keep,
+        step,
+        iterations,
+        save_minutes,
+        lambda done: preview(earlier + done, ema.module),
+    )
+    return ema.module, seconds
 
 
 @torch.no_grad()
@@ -375,7 +416,7 @@ noise prediction, EMA {ema_decay}, class-conditional with label dropout {label_d
 | the same scale: {num_images} held-out images of the faces in training | {real:.3f}; judge {real_judge:.3f} |
 | feature spaces | `glyphs-features` (128), `glyphs-judge` ({num_features}), images clamped and rounded to 8 bits |
 | training command | `{command}` (seed {seed}) |
-| training | {iterations} iterations of {batch_size} images |
+| training | {rounds} iterations of {batch_size} images, in rounds with warm restarts |
 | time | {minutes:.1f} min of training, {machine} |
 """
 
@@ -388,6 +429,7 @@ def parse() -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--device", help="default: cuda for the preset gpu, else cpu")
     parser.add_argument("--cache_dir", help="of the images; default: see ddss_lightning.data.glyphs")
     parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
+    parser.add_argument("--only_ddpm", action="store_true", help="with the classifier and the judge of --output")
     for name, value in asdict(Settings()).items():
         several = isinstance(value, tuple)
         kind = type(value[0] if several else value)
@@ -398,93 +440,136 @@ def parse() -> tuple[argparse.Namespace, Settings]:
         if hasattr(settings, name) and value is not None:
             setattr(settings, name, tuple(value) if isinstance(value, list) else value)
     args.device = args.device or ("cuda" if args.preset == "gpu" else "cpu")
-    for name in FOLDERS:
+    made = FOLDERS[2:] if args.only_ddpm else FOLDERS
+    for name in FOLDERS[: -len(made)]:
+        if not (args.output / name / "config.json").exists():
+            parser.error(f"--only_ddpm: there is no '{args.output / name}'; leave the flag out to make it.")
+        size = json.loads((args.output / name / "config.json").read_text())["image_size"]
+        if size != settings.size:
+            parser.error(f"--only_ddpm: '{args.output / name}' is for images of {size} pixels, not {settings.size}.")
+    for name in made:
         folder = args.output / name
-        if folder.exists() and not (args.overwrite or (args.output / f"{FOLDERS[0]}.partial").exists()):
+        if folder.exists() and not (args.overwrite or partial_of(args.output / made[0]).exists()):
             parser.error(f"'{folder}' exists; give another --output or --overwrite.")
     return args, settings
 
 
-def main() -> None:
-    """Make the three folders."""
-    args, settings = parse()
-    device, folders = args.device, [args.output / name for name in FOLDERS]
-    train_data, held_out = (
-        GlyphArrays(*(array.to(device) for array in load_glyphs(split, settings.size, args.cache_dir)))
-        for split in ("train", "held_out")
+@dataclass
+class Cards:
+    """Writes the README.md of each folder, with what all cards have in common."""
+
+    settings: Settings
+    command: str
+    machine: str
+
+    def write(self, folder: Path, library: str, tags: str, card: str, network: nn.Module, **values: Any) -> None:  # noqa: ANN401
+        """One of the three cards, filled in."""
+        header = HEADER.format(library=library, tags=tags, recipe=RECIPE, size=self.settings.size)
+        values |= {"parameters": sum(p.numel() for p in network.parameters()) / 1e6}
+        values |= {"command": self.command, "machine": self.machine}
+        (folder / "README.md").write_text(header + card.format(**asdict(self.settings), **values))
+
+
+@dataclass
+class Images:
+    """The images of training, those held out, and those held out of the faces in training."""
+
+    train: GlyphArrays
+    held_out: GlyphArrays
+    held_out_seen: GlyphArrays
+
+    @staticmethod
+    def load(size: int, cache_dir: str | None, device: str) -> Images:
+        """From the cache, or rendered into it."""
+        train, held_out = (
+            GlyphArrays(*(array.to(device) for array in load_glyphs(split, size, cache_dir)))
+            for split in ("train", "held_out")
+        )
+        seen = held_out.faces < len(TRAIN_FACES)
+        return Images(train, held_out, GlyphArrays(*(array[seen] for array in held_out)))
+
+
+def features_with_card(folder: Path, images: Images, settings: Settings, cards: Cards, device: str) -> ConvFeatures:
+    """`glyphs-features`."""
+    features, seconds = make_features(folder, images.train, settings, device)
+    right, right_seen = (
+        accuracy(features, features.head, part, part.labels, device) for part in (images.held_out, images.held_out_seen)
     )
-    seen = held_out.faces < len(TRAIN_FACES)
-    held_out_seen = GlyphArrays(*(array[seen] for array in held_out))
+    tags = "image-classification, feature-extraction"
+    cards.write(
+        folder, "ddss_lightning", tags, FEATURES_CARD, features,
+        accuracy=right, accuracy_seen=right_seen, minutes=seconds / 60,
+    )  # fmt: skip
+    return features
 
-    features, features_seconds = make_features(folders[0], train_data, settings, device)
-    judge, heads, judge_seconds = make_judge(folders[1], train_data, settings, device)
-    denoiser, seconds = make_ddpm(folders[2], train_data, settings, device)
 
-    sets = {"ddpm": sample_ddpm(denoiser, partial_of(folders[2]), settings, device)}
+def judge_with_card(folder: Path, images: Images, settings: Settings, cards: Cards, device: str) -> ResidualFeatures:
+    """`glyphs-judge`."""
+    judge, heads, seconds = make_judge(folder, images.train, settings, device)
+    held_out, seen = images.held_out, images.held_out_seen
+    predicted = heads["scene"](features_of(judge, held_out, device).to(device))
+    explained = 1 - (predicted - held_out.parameters).square().mean() / held_out.parameters.var(dim=0).mean()
+    cards.write(
+        folder, "ddss_lightning", "feature-extraction", JUDGE_CARD, judge,
+        num_features=judge.num_features, faces=len(TRAIN_FACES), explained=float(explained), minutes=seconds / 60,
+        accuracy=accuracy(judge, heads["face"], seen, seen.faces, device),
+    )  # fmt: skip
+    return judge
+
+
+def ddpm_with_card(
+    folder: Path,
+    features: FeatureExtractor,
+    judge: FeatureExtractor,
+    images: Images,
+    settings: Settings,
+    cards: Cards,
+    device: str,
+) -> None:
+    """`glyphs-ddpm`, with its samples and their distances to real images."""
+    denoiser, seconds = make_ddpm(folder, images.train, settings, device)
+    sets = {"ddpm": sample_ddpm(denoiser, partial_of(folder), settings, device)}
     for steps in (50, 10):
         sets[f"ddim_{steps}"] = sample_ddim(denoiser, settings.num_images, steps, settings, device)
     # Faces and letters follow the index: the first images are no fair sample.
-    order = torch.randperm(len(held_out_seen.pixels), generator=generator_at(settings.seed, 10**9 + 2))
-    sets["real"] = images_at(held_out_seen, order[: settings.num_images].to(device)).cpu()
+    order = torch.randperm(len(images.held_out_seen.pixels), generator=generator_at(settings.seed, 10**9 + 2))
+    sets["real"] = images_at(images.held_out_seen, order[: settings.num_images].to(device)).cpu()
     labels = torch.arange(len(CLASSES))
     guided = sample_ddim(denoiser.with_labels(labels, 2.0), len(CLASSES), 50, settings, device)
-    fid, judged = (distances(network, sets, train_data, device) for network in (features, judge))
-    predicted = heads["scene"](features_of(judge, held_out, device).to(device))
-    explained = 1 - (predicted - held_out.parameters).square().mean() / held_out.parameters.var(dim=0).mean()
-
-    threads = f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
-    machine = torch.cuda.get_device_name() if device.startswith("cuda") else threads
-    common = {
-        **asdict(settings),
-        "command": f"python checkpoints/make_glyphs.py --preset {args.preset} --overwrite",
-        "machine": f"{machine}, torch {torch.__version__}",
-        "num_features": judge.num_features,
-    }
-
-    def write(folder: Path, library: str, tags: str, card: str, network: nn.Module, **values: Any) -> None:  # noqa: ANN401
-        header = HEADER.format(library=library, tags=tags, recipe=RECIPE, size=settings.size)
-        parameters = sum(p.numel() for p in network.parameters()) / 1e6
-        (folder / "README.md").write_text(header + card.format(parameters=parameters, **common, **values))
-
-    write(
-        folders[0],
-        "ddss_lightning",
-        "image-classification, feature-extraction",
-        FEATURES_CARD,
-        features,
-        accuracy=accuracy(features, features.head, held_out, held_out.labels, device),
-        accuracy_seen=accuracy(features, features.head, held_out_seen, held_out_seen.labels, device),
-        minutes=features_seconds / 60,
-    )
-    write(
-        folders[1],
-        "ddss_lightning",
-        "feature-extraction",
-        JUDGE_CARD,
-        judge,
-        faces=len(TRAIN_FACES),
-        accuracy=accuracy(judge, heads["face"], held_out_seen, held_out_seen.faces, device),
-        explained=float(explained),
-        minutes=judge_seconds / 60,
-    )
     figure = comparison_figure(
         [("DDPM, 1000 steps", sets["ddpm"][:64]), ("DDIM, 10 steps", sets["ddim_10"][:64]), ("guided, 2.0", guided)],
         f"glyphs-ddpm, {settings.size}x{settings.size}",
     )
-    figure.savefig(folders[2] / "samples.png", dpi=120)
-    write(
-        folders[2],
-        "diffusers",
-        "unconditional-image-generation, class-conditional-image-generation, ddpm",
-        DDPM_CARD,
-        denoiser,
-        null=NULL_LABEL,
-        classes=CLASSES,
-        minutes=seconds / 60,
-        **fid,
+    figure.savefig(folder / "samples.png", dpi=120)
+    judged = distances(judge, sets, images.train, device)
+    tags = "unconditional-image-generation, class-conditional-image-generation, ddpm"
+    cards.write(
+        folder, "diffusers", tags, DDPM_CARD, denoiser,
+        null=NULL_LABEL, classes=CLASSES, rounds=" + ".join(str(number) for number in settings.iterations),
+        minutes=seconds / 60, num_features=judge.num_features, **distances(features, sets, images.train, device),
         **{f"{name}_judge": value for name, value in judged.items()},
-    )
-    for folder in folders:
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Make the three folders, or the last one with the first two as they are."""
+    args, settings = parse()
+    device, folders = args.device, [args.output / name for name in FOLDERS]
+    images = Images.load(settings.size, args.cache_dir, device)
+    threads = f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
+    machine = torch.cuda.get_device_name() if device.startswith("cuda") else threads
+    command = f"python checkpoints/make_glyphs.py --preset {args.preset} --overwrite"
+    cards = Cards(settings, command, f"{machine}, torch {torch.__version__}")
+    features: FeatureExtractor
+    judge: FeatureExtractor
+    if args.only_ddpm:
+        features = ConvFeatures.from_pretrained(str(folders[0])).to(device)
+        judge = ResidualFeatures.from_pretrained(str(folders[1])).to(device)
+    else:
+        features = features_with_card(folders[0], images, settings, cards, device)
+        judge = judge_with_card(folders[1], images, settings, cards, device)
+    ddpm_with_card(folders[2], features, judge, images, settings, cards, device)
+    for folder in folders[2:] if args.only_ddpm else folders:
         shutil.rmtree(partial_of(folder))
         print(f"'{folder}': see its README.md")
 

@@ -1,5 +1,6 @@
 """The training scripts of `checkpoints/`: what is interrupted and resumed is what was never interrupted."""
 
+import argparse
 import sys
 
 import pytest
@@ -24,7 +25,7 @@ def scripts(monkeypatch):
 @pytest.fixture
 def settings(scripts):
     return scripts[1].Settings(
-        size=8, encoder_width=8, encoder_iterations=5, encoder_batch=4, channels=(8,), attention=(), iterations=5,
+        size=8, encoder_width=8, encoder_iterations=5, encoder_batch=4, channels=(8,), attention=(), iterations=(2, 3),
         batch_size=4, num_images=2,
     )  # fmt: skip
 
@@ -130,3 +131,35 @@ def test_sampling_is_kept_and_repeatable(scripts, settings, data, tmp_path, mixt
     assert torch.equal(make_glyphs.sample_ddpm(denoiser, tmp_path, settings, "cpu"), made)
     fast = make_glyphs.sample_ddim(denoiser, 3, 10, settings, "cpu")
     torch.testing.assert_close(fast, made, atol=2e-2, rtol=0)
+
+
+def test_only_the_ddpm(scripts, settings, tmp_path, data, monkeypatch, capsys):
+    """With the encoders that are there, which stay as they are; refused before any work where they do not fit."""
+    _, make_glyphs = scripts
+    make_glyphs.make_features(tmp_path / "glyphs-features", data, settings, "cpu")
+    command = ["make_glyphs.py", "--only_ddpm", "--output", str(tmp_path), "--size", "8", "--num_images", "130"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        make_glyphs.parse()
+    assert "there is no" in capsys.readouterr().err
+    make_glyphs.make_judge(tmp_path / "glyphs-judge", data, settings, "cpu")
+    monkeypatch.setattr(sys, "argv", [*command[:-4], "--size", "16"])
+    with pytest.raises(SystemExit):
+        make_glyphs.parse()
+    assert "images of 8 pixels, not 16" in capsys.readouterr().err
+
+    weights = [tmp_path / f"glyphs-{name}" / "model.safetensors" for name in ("features", "judge")]
+    before = [path.read_bytes() for path in weights]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(make_glyphs, "load_glyphs", lambda *_: data)
+    monkeypatch.setattr(make_glyphs, "parse", lambda: (make_glyphs_args(tmp_path), settings))
+    settings.num_images = 130
+    monkeypatch.setattr(make_glyphs, "sample_ddpm", lambda d, p, s, v: make_glyphs.sample_ddim(d, 130, 2, s, v))
+    make_glyphs.main()
+    assert "2 + 3 iterations of 4 images" in (tmp_path / "glyphs-ddpm" / "README.md").read_text()
+    assert [path.read_bytes() for path in weights] == before
+    assert not list(tmp_path.glob("glyphs-ddpm.partial"))
+
+
+def make_glyphs_args(folder):
+    return argparse.Namespace(preset="cpu", output=folder, device="cpu", cache_dir=None, only_ddpm=True)
