@@ -144,7 +144,8 @@ def import_anchor(
     Args:
         anchor: `coefficients` (what `Coefficients.to_lists` gives), or `class_path` of a diffusers scheduler with
             `init_args` and, if needed, `set_timesteps` and `step`, the further arguments of these methods. The
-            `timesteps` of `set_timesteps` can be the name of a stride, see `stride_timesteps`.
+            `timesteps` of `set_timesteps` can be the name of a stride, see `stride_timesteps`; a scheduler that takes
+            none, but steps from sigma to sigma, is given them all the same.
         schedule: of the model. A scheduler gets its betas.
         num_steps: K, the number of network calls.
         prediction_type: what the network predicts.
@@ -172,12 +173,13 @@ def _strided(set_timesteps: dict[str, Any], scheduler: Any, schedule: NoiseSched
     Raises:
         ValueError: an unknown stride, or a scheduler that takes no timesteps or cannot make K calls.
     """
+    reasons: list[ValueError] = []
     for steps in range(num_steps, 0, -1):
         placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"]).round().long().tolist()
         try:
             scheduler_steps(scheduler, num_steps, {**set_timesteps, "timesteps": placed})
         except ValueError as error:
-            reason = error
+            reasons.append(error)
             continue
         return {**set_timesteps, "timesteps": placed}
-    raise reason
+    raise reasons[0]

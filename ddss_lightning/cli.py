@@ -6,10 +6,11 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
@@ -40,6 +41,17 @@ def _schedule(denoiser: Denoiser) -> NoiseSchedule:
 
 def _prediction_type(denoiser: Denoiser) -> str:
     return denoiser.prediction_type
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As Lightning's, which refuses to overwrite the recipe of another run."""
+        checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
+        if checkpoint and folder:
+            self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
+        super().setup(trainer, pl_module, stage)
 
 
 class DDSSCommandLine(LightningCLI):
@@ -126,7 +138,7 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         ImageDataModule,
         subclass_mode_data=True,
         # Objects that are only made leave no file behind when they are used.
-        save_config_callback=SaveConfigCallback if run else None,
+        save_config_callback=SaveConfig if run else None,
         seed_everything_default=0,
         parser_kwargs={
             "exit_on_error": False,

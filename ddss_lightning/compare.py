@@ -35,7 +35,8 @@ from ddss_lightning.solvers import STRIDES
 
 GRID_IMAGES = 64
 SPACINGS = ("linspace", "leading", "trailing")
-KARRAS = {"use_karras_sigmas": True}
+# Karras's, and uniform in log-SNR.
+SIGMAS = ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True})
 QUADRATIC = {"timesteps": "quadratic"}
 
 
@@ -46,14 +47,17 @@ def _formula(anchor: str, eta: float = 0.0) -> list[dict[str, Any]]:
 def _imported(
     class_name: str,
     spacings: Sequence[str | None] = SPACINGS,
-    karras: bool = True,
-    quadratic: bool = False,
+    sigmas: bool = True,
+    quadratic: bool = True,
     **init_args: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
-    """The ways in which a diffusers scheduler places its calls: all that it offers; None is one without a name."""
+    """The ways in which a diffusers scheduler places its calls: all that it offers; None is one without a name.
+
+    `sigmas`: those of `SIGMAS` too. `quadratic`: our stride of that name too, see `import_anchor`.
+    """
     path = f"diffusers.{class_name}"
     options: list[dict[str, Any]] = [{"timestep_spacing": spacing} if spacing else {} for spacing in spacings]
-    options += [KARRAS] if karras else []
+    options += SIGMAS if sigmas else ()
     anchors: list[dict[str, Any]] = [{"class_path": path, "init_args": {**init_args, **option}} for option in options]
     if quadratic:
         anchors.append({"class_path": path, "init_args": init_args, "set_timesteps": QUADRATIC})
@@ -64,18 +68,18 @@ def _imported(
 OTHERS = ("linspace", "leading")
 # Name -> the ways of placing its network calls, each the arguments of a GGDMSampler; the best is taken.
 SOLVERS: dict[str, list[dict[str, Any]]] = {
-    "DDPM": _formula("ddim", eta=1.0) + _imported("DDPMScheduler", OTHERS, karras=False, clip_sample=False),
-    "DDIM": _formula("ddim") + _imported("DDIMScheduler", OTHERS, karras=False, clip_sample=False),
-    "Euler": _imported("EulerDiscreteScheduler", quadratic=True),
-    "Euler ancestral": _imported("EulerAncestralDiscreteScheduler", karras=False),
-    "Heun": _imported("HeunDiscreteScheduler", quadratic=True),
-    "KDPM2": _imported("KDPM2DiscreteScheduler"),
+    "DDPM": _formula("ddim", eta=1.0) + _imported("DDPMScheduler", OTHERS, False, False, clip_sample=False),
+    "DDIM": _formula("ddim") + _imported("DDIMScheduler", OTHERS, False, False, clip_sample=False),
+    "Euler": _imported("EulerDiscreteScheduler"),
+    "Euler ancestral": _imported("EulerAncestralDiscreteScheduler", sigmas=False),
+    "Heun": _imported("HeunDiscreteScheduler"),
+    "KDPM2": _imported("KDPM2DiscreteScheduler", quadratic=False),
     "LMS": _imported("LMSDiscreteScheduler"),
-    "PNDM": _imported("PNDMScheduler", karras=False, skip_prk_steps=True),
+    "PNDM": _imported("PNDMScheduler", sigmas=False, quadratic=False, skip_prk_steps=True),
     "DEIS 2": _imported("DEISMultistepScheduler", solver_order=2),
     "DEIS 3": _imported("DEISMultistepScheduler", solver_order=3),
-    "DPM-Solver++ 2M": _formula("dpmpp_2m") + _imported("DPMSolverMultistepScheduler", OTHERS),
-    "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", quadratic=True, solver_order=3),
+    "DPM-Solver++ 2M": _formula("dpmpp_2m") + _imported("DPMSolverMultistepScheduler", OTHERS, quadratic=False),
+    "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", solver_order=3),
     "DPM-Solver++ 2S": _imported("DPMSolverSinglestepScheduler", (None,), solver_order=2),
     "UniPC 2": _imported("UniPCMultistepScheduler", solver_order=2),
     "UniPC 3": _imported("UniPCMultistepScheduler", solver_order=3),
@@ -157,7 +161,7 @@ def solver_candidates(module: SamplingModule, name: str, nfe: int) -> list[Candi
     """All placements of a solver that make exactly `nfe` network calls.
 
     Raises:
-        NoSuchCallsError: there is none (Heun makes odd numbers of calls only), with the reason of the last one tried.
+        NoSuchCallsError: there is none (Heun makes odd numbers of calls only), with the reason of the first one tried.
     """
     found, reason = [], ""
     for options in SOLVERS[name]:
@@ -165,7 +169,7 @@ def solver_candidates(module: SamplingModule, name: str, nfe: int) -> list[Candi
         try:
             sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
         except ValueError as error:
-            reason = str(error)
+            reason = reason or str(error)
             continue
         found.append(Candidate(name, nfe, _spacing(options), sampler))
     if not found:
@@ -180,7 +184,8 @@ def _spacing(options: dict[str, Any]) -> str:
     if "set_timesteps" in anchor:
         return "quadratic"
     init_args = anchor["init_args"]
-    return "karras" if init_args.get("use_karras_sigmas") else str(init_args.get("timestep_spacing", "its own"))
+    named = [name for name in ("karras", "exponential") if init_args.get(f"use_{name}_sigmas")]
+    return named[0] if named else str(init_args.get("timestep_spacing", "its own"))
 
 
 def learned_candidates(
@@ -389,9 +394,11 @@ class Scorer:
         module = self.module
         indices = list(range(GRID_IMAGES))
         x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.state_shape, candidate.nfe)
-        device = next(module.denoiser.parameters(), torch.zeros(())).device
-        images = candidate.sampler.to(device)(module.denoiser, x_T.to(device), noise=noise.to(device))
-        return to_pixels(module.denoiser.decode(images)).nan_to_num(-1.0).cpu()
+        # The Trainer has taken the model from its device when it was done.
+        device = self.trainer.strategy.root_device
+        denoiser = module.denoiser.to(device)
+        images = candidate.sampler.to(device)(denoiser, x_T.to(device), noise=noise.to(device))
+        return to_pixels(denoiser.decode(images)).nan_to_num(-1.0).cpu()
 
 
 def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
@@ -453,7 +460,11 @@ def _digits(values: Sequence[float | None]) -> int:
 
 
 def protocol_of(
-    module: SamplingModule, datamodule: ImageDataModule, settings: Comparison, judge: FeatureExtractor | None = None
+    module: SamplingModule,
+    datamodule: ImageDataModule,
+    trainer: Trainer,
+    settings: Comparison,
+    judge: FeatureExtractor | None = None,
 ) -> dict[str, Any]:
     """What has to be known to repeat the figures."""
     loader: Any = datamodule.real_dataloader()
@@ -463,6 +474,8 @@ def protocol_of(
         "spacings_chosen_on": f"{settings.selection_images} images of validation/{settings.seeds[0]}, by FID",
         "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
         "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
+        **({"model_settings": module.denoiser.settings()} if module.denoiser.settings() else {}),
+        "precision": str(trainer.precision),
         "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
         "resize": module.features.protocol()["resize"],
         "pixels": "clamped to [-1, 1], rounded to 256 levels",
@@ -537,7 +550,7 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
     if judge is not None:
         check_judge(judge, module)
     found = contenders(module, settings)
-    protocol = protocol_of(module, datamodule, settings, judge)
+    protocol = protocol_of(module, datamodule, trainer, settings, judge)
     scores = Scores(settings.output / "scores.json", protocol)
     rows, chosen = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -312,6 +312,13 @@ class GGDMSampler(nn.Module):
             self._known = known = learned, self.coefficients()
         return known[1]
 
+    @property
+    @torch.no_grad()
+    def uses_noise(self) -> bool:
+        """Whether its steps add noise, or may learn to."""
+        learned = "std" in self.corrections and self.corrections["std"].requires_grad
+        return learned or bool((self._constant_coefficients().std != 0).any())
+
     def forward(
         self,
         denoiser: Network,

@@ -22,8 +22,9 @@ from ddss_lightning.images import to_pixels
 from ddss_lightning.losses.base import SampleLoss, Samples
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
-from ddss_lightning.losses.slope import full_precision, slope_by_parts
+from ddss_lightning.losses.slope import slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for
+from ddss_lightning.precision import full_precision
 from ddss_lightning.replay import Replay
 from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
@@ -172,6 +173,11 @@ class DDSSModule(SamplingModule):
         self._targets = self._load_teacher() if self.needs_teacher else None
 
     @property
+    def uses_real_batches(self) -> bool:
+        """Whether a training step looks at the minibatch of real images."""
+        return self.gauss_newton is None and "real" in self.loss.needs
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a training step compares with the teacher's images."""
         return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
@@ -197,7 +203,7 @@ class DDSSModule(SamplingModule):
             )
         return self.teacher.load(self.denoiser)
 
-    def generated(self, x_T: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    def generated(self, x_T: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order."""
         x_0 = self._last_state(self.sampler, x_T, noise)
 
@@ -225,7 +231,7 @@ class DDSSModule(SamplingModule):
         x_T, noise, target = self._start()
 
         def part(where: slice) -> tuple[Tensor, ...]:
-            return self.generated(x_T[where], noise[:, where])
+            return self.generated(x_T[where], None if noise is None else noise[:, where])
 
         def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
             return self._loss_and_slopes(outputs, batch, target)
@@ -250,14 +256,17 @@ class DDSSModule(SamplingModule):
         # The value of the loss, with the gradient of `linear`.
         return loss + (linear - linear.detach())
 
-    def _start(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x_T of this process's batch, noise of the steps, and the teacher's images from x_T where they are needed.
+    def _start(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x_T of this process's batch, noise of the steps, and the teacher's images from x_T, where they are needed.
 
         x_T requires a gradient where it is to move.
         """
         start = self.global_rank * self.batch_size
         key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
-        x_T, noise = batch_noise(key, start, start + self.batch_size, shape, self.sampler.num_steps)
+        noisy = self.sampler.uses_noise
+        draws = self.sampler.num_steps if noisy else 1
+        x_T, drawn = batch_noise(key, start, start + self.batch_size, shape, draws)
+        noise = drawn if noisy else None
         if self._targets is None or self.teacher is None:
             return x_T, noise, None
         pairs = self._own_pairs()
@@ -343,11 +352,11 @@ class DDSSModule(SamplingModule):
         """
         ((x_T, noise),) = self._draws("differences", self.batch_size)
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device.type):
             replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
 
         def measure() -> Tensor:
-            with torch.autocast(self.device.type, enabled=False):
+            with full_precision(self.device.type):
                 x_0 = replay(self.sampler.coefficients())
                 return self._everyone(self._moments_of(distance, x_0, lambda images: images.clamp(-1, 1)))
 
@@ -357,7 +366,7 @@ class DDSSModule(SamplingModule):
         """Moments of samples as they are scored."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x_T, noise in self._draws(purpose, num_images):
-            with torch.autocast(self.device.type, enabled=False):
+            with full_precision(self.device.type):
                 x_0 = self._last_state(self.sampler, x_T, noise)
                 total = total + self._moments_of(distance, x_0, to_pixels) * len(x_T)
         return self._everyone(total / num_images)

@@ -231,12 +231,39 @@ def run_scheduler(
 
 
 def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    timesteps = kwargs.get("timesteps")
+    if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        _set_timesteps(scheduler, len(timesteps), {name: each for name, each in kwargs.items() if name != "timesteps"})
+        _place(scheduler, timesteps)
+        return
     # Explicit sigmas or timesteps bring their own number, and most schedulers refuse to be told both.
     explicit = any(kwargs.get(option) is not None for option in ("sigmas", "timesteps"))
     try:
         scheduler.set_timesteps(**({} if explicit else {"num_inference_steps": num_steps}), **kwargs)
     except Exception as error:  # index errors, assertions, type errors, ...
         raise ValueError(f"{type(scheduler).__name__} cannot be set to {num_steps} steps: {error!r}") from error
+
+
+def _place(scheduler: Any, timesteps: Sequence[int]) -> None:  # noqa: ANN401
+    """Set the timesteps of a scheduler whose `set_timesteps` takes none: its steps go by `sigmas`, one for each.
+
+    Its last sigma, after the last call, stays.
+
+    Raises:
+        ValueError: its steps do not go by sigmas of the noise schedule, or not one by one.
+    """
+    own: Any = scheduler.timesteps
+    sigmas: Any = getattr(scheduler, "sigmas", ())
+    one_by_one = len(own) == len(timesteps) == len(sigmas) - 1
+    if not one_by_one or not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{type(scheduler).__name__} takes no timesteps; leave them out, or use a scheduler whose set_timesteps "
+            "takes them, such as DPMSolverMultistepScheduler."
+        )
+    table = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
+    placed = ((1 - table) / table).sqrt()[torch.as_tensor(timesteps)]
+    scheduler.timesteps = torch.as_tensor(timesteps).to(own)
+    scheduler.sigmas = torch.cat([placed.to(sigmas), sigmas[-1:]])
 
 
 class NotAGGDMError(ValueError):

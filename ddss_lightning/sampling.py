@@ -16,6 +16,7 @@ from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
+from ddss_lightning.precision import full_precision
 from ddss_lightning.remat import Remat
 
 FROZEN = ("denoiser.", "features.", "loss.")
@@ -113,6 +114,8 @@ class SamplingModule(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if self._real is None or self._real_source is not datamodule:
             self._real, self._real_source = self.encode_real(self.features), datamodule
+        # The same data module, but now a Trainer on another device.
+        self._real = self._real.to(self.device) if self._real.device != self.device else self._real
         return self._real
 
     @torch.no_grad()
@@ -131,7 +134,8 @@ class SamplingModule(LightningModule):
         parts = []
         for images in datamodule.real_dataloader():
             self._check_images(images)
-            parts.append(features(images.to(device=self.device, dtype=features.dtype)))
+            with full_precision(self.device.type):
+                parts.append(features(images.to(device=self.device, dtype=features.dtype)))
         real = torch.cat(parts)
         if len(real) < 2:
             raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
@@ -152,21 +156,25 @@ class SamplingModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------- generating
 
-    def generate(self, x_T: Tensor, noise: Tensor, sampler: GGDMSampler | None = None) -> Tensor:
-        """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`."""
+    def generate(self, x_T: Tensor, noise: Tensor | None, sampler: GGDMSampler | None = None) -> Tensor:
+        """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`.
+
+        `noise` is that of the steps, see `unroll`.
+        """
         sampler = self.sampler if sampler is None else sampler
         return to_pixels(self.denoiser.decode(self._last_state(sampler, x_T, noise)))
 
-    def _last_state(self, sampler: GGDMSampler, x_T: Tensor, noise: Tensor) -> Tensor:
+    def _last_state(self, sampler: GGDMSampler, x_T: Tensor, noise: Tensor | None) -> Tensor:
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
         return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
 
     # --------------------------------------------------------------------------------------------- held-out noise
 
     def _from_indices(self, split: str, indices: Tensor) -> Tensor:
-        key = f"{split}/{self.seed}"
-        x_T, noise = held_out_noise(key, indices.tolist(), self.denoiser.state_shape, self.sampler.num_steps)
-        return self.generate(x_T, noise, self.averaged)
+        noisy = self.averaged.uses_noise
+        draws = self.averaged.num_steps if noisy else 1
+        x_T, noise = held_out_noise(f"{split}/{self.seed}", indices.tolist(), self.denoiser.state_shape, draws)
+        return self.generate(x_T, noise if noisy else None, self.averaged)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""

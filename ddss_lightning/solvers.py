@@ -44,7 +44,8 @@ def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) ->
         )
     if stride == "logsnr":
         ends = schedule.table[-1], schedule.table[0]
-        return schedule.timestep(torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64))
+        logsnrs = torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64)
+        return schedule.timestep(logsnrs.to(schedule.table.device)).cpu()
     if schedule.grid[0] != 0:
         raise ValueError(
             f"The stride '{stride}' is for timesteps from 0 on, these begin at {float(schedule.grid[0]):.4g}; "

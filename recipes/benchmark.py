@@ -325,7 +325,8 @@ def plan(runs: list[Run], costs: list[dict[str, Any]]) -> str:
 def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
     """`ddss compare` of all steps on the seeds that all have, then of those with more seeds on all theirs."""
     common = output / "common.yaml"
-    common.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
+    with replacing(common) as partial:
+        partial.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
     seeds: dict[int, set[int]] = {}
     for run in runs:
         seeds.setdefault(run.steps, set()).add(run.seed)
@@ -337,8 +338,9 @@ def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
         known = output / "compare" / "scores.json"
         if not (folder / "scores.json").exists() and known.exists() and min(mine) == min(shared):
             # The same protocol: what is measured there is not measured again.
-            folder.mkdir(parents=True)
-            shutil.copyfile(known, folder / "scores.json")
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / "scores.json") as partial:
+                shutil.copyfile(known, partial)
         samplers = dict.fromkeys(
             f"{run.setting}={run.folder.parent / f'{run.steps}-{{seed}}' / 'sampler'}"
             for run in runs

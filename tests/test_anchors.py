@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -253,3 +254,41 @@ def test_timesteps_by_the_name_of_a_stride(schedule):
             assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="Unknown stride 'cubic'"):
         made("DPMSolverMultistepScheduler", "cubic")
+
+
+@pytest.mark.parametrize("class_name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_timesteps_for_a_scheduler_that_takes_none(schedule, class_name, monkeypatch):
+    """Placed on it they are the same sampler as where `set_timesteps` takes them."""
+
+    def made():
+        anchor = {"class_path": f"diffusers.{class_name}", "set_timesteps": {"timesteps": "quadratic"}}
+        return GGDMSampler(schedule, 5, anchor=anchor, learn=()).coefficients()
+
+    taken, cls = made(), getattr(diffusers, class_name)
+    original = cls.set_timesteps
+
+    def takes_none(self, num_inference_steps, device=None):
+        original(self, num_inference_steps, device=device)
+
+    monkeypatch.setattr(cls, "set_timesteps", takes_none)
+    for ours, theirs in zip(vars(made()).values(), vars(taken).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("class_name", ["DDIMScheduler", "KDPM2DiscreteScheduler"])
+def test_timesteps_that_cannot_be_placed(schedule, class_name):
+    anchor = {"class_path": f"diffusers.{class_name}", "set_timesteps": {"timesteps": "quadratic"}}
+    with pytest.raises(ValueError, match=f"{class_name} takes no timesteps"):
+        GGDMSampler(schedule, 5, anchor=anchor)
+
+
+@pytest.mark.parametrize("class_name", ["UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler"])
+def test_placed_timesteps_are_those_of_the_stride(schedule, class_name):
+    anchor = {"class_path": f"diffusers.{class_name}", "set_timesteps": {"timesteps": "quadratic"}}
+    coefficients = GGDMSampler(schedule, 5, anchor=anchor, learn=()).coefficients()
+    assert coefficients.timesteps.tolist() == [999, 639, 360, 160, 40]
+    # A consistent sampler: every state is the image and noise in the proportion of its time.
+    a, std = coefficients.marginals()
+    alpha, sigma = schedule.alpha_sigma(coefficients.timesteps)
+    torch.testing.assert_close(a[:-1], alpha, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((std[:-1] ** 2)[0], (sigma**2)[0], rtol=1e-3, atol=1e-3)

@@ -208,6 +208,22 @@ def test_output_folders_are_not_overwritten(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_the_command_that_an_interrupted_fit_names(tmp_path, capsys):
+    """The same one with the path of the checkpoint; a run of another folder keeps its recipe."""
+    folder = tmp_path / "digits_5" / "night"
+    flags = ["--trainer.logger.version=night", f"--quality.dirpath={tmp_path / 's'}"]
+    main(quick("fit", tmp_path, *flags))
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    main(quick("fit", tmp_path, *flags, "--trainer.max_steps=4", "--model.lr=0.5", f"--ckpt_path={checkpoint}"))
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 4
+    recipe = (folder / "config.yaml").read_text()
+    assert "lr: 0.5" in recipe
+    main(quick("fit", tmp_path, "--trainer.logger.version=day"))
+    other = tmp_path / "digits_5" / "day" / "checkpoints" / "last.ckpt"
+    assert "config.yaml to NOT exist" in error_of(capsys, quick("fit", tmp_path, *flags, f"--ckpt_path={other}"))
+    assert (folder / "config.yaml").read_text() == recipe
+
+
 def test_one_command_starts_a_fit_and_goes_on_with_it_after_sigterm(tmp_path):
     flags = ["--trainer.max_steps=40", "--trainer.logger.version=night", "--interruption.minutes=0", "--ckpt_path=last"]
     command = [sys.executable, "-m", "ddss_lightning.cli", *quick("fit", tmp_path, *flags)]

@@ -229,8 +229,8 @@ def test_the_bar_counts_what_is_to_be_done(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("ddss_lightning.compare.Progress", Bar)
     flags = ["--solvers", "Heun", "--samplers", SAMPLER, "--seeds", "3", "4"]
     main(command(tmp_path / "out", "--steps", "2", "5", *flags))
-    # Five spacings of Heun's method on 20 images; two samplers and two seeds on 60; nothing at 2 calls.
-    assert bars[-1].done == bars[-1].total == 5 * (5 * 20 + 2 * 2 * 60)
+    # Six spacings of Heun's method on 20 images; two samplers and two seeds on 60; nothing at 2 calls.
+    assert bars[-1].done == bars[-1].total == 5 * (6 * 20 + 2 * 2 * 60)
     main(command(tmp_path / "out", "--steps", "2", "5", *flags))
     assert bars[-1].done == bars[-1].total == 0
     main(command(tmp_path / "out", "--steps", "5", "3", *flags))

@@ -1,6 +1,7 @@
 import copy
 import os
 import signal
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -547,3 +548,42 @@ def test_each_process_with_moments_of_its_own_is_refused():
     module._real = torch.rand(9, 64)
     with pytest.raises(ValueError, match="a loss with running moments needs gather_features=True"):
         module.on_train_start()
+
+
+def test_what_is_not_looked_at_is_not_made(tmp_path, monkeypatch):
+    """Noise of the steps for a sampler without any, and minibatches of real images for a loss with a bank."""
+    drawn, batches = [], []
+
+    def noted(name, function):
+        def wrapped(*args):
+            drawn.append((name, args[-1]))
+            return function(*args)
+
+        return wrapped
+
+    for name in ("batch_noise", "held_out_noise"):
+        for module_name in ("module", "sampling"):
+            target = sys.modules[f"ddss_lightning.{module_name}"]
+            if hasattr(target, name):
+                monkeypatch.setattr(target, name, noted(name, getattr(target, name)))
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch.dtype)
+
+    quiet, noisy = {"learn": ("mu", "nu")}, {"learn": ("mu", "std")}
+    for sampler, loss, draws, dtype in (
+        (quiet, KIDLoss(), 1, torch.int64),
+        (noisy, KIDLoss(real="batch"), 3, torch.float32),
+    ):
+        drawn.clear()
+        batches.clear()
+        module = make(sampler=sampler, loss=loss, microbatch_size=8)
+        trainer(tmp_path, 1, callbacks=[Look()], enable_checkpointing=False).fit(module, data())
+        assert {count for name, count in drawn if name == "batch_noise"} == {draws}
+        assert set(batches) == {dtype}
+    # A sampler without noise makes the same images with noise of no weight.
+    x_T, noise = torch.randn(2, 1, 8, 8), torch.randn(2, 2, 1, 8, 8)
+    sampler = make(sampler=quiet).sampler
+    with torch.no_grad():
+        assert torch.equal(sampler(module.denoiser, x_T), sampler(module.denoiser, x_T, noise=noise))

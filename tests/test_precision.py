@@ -1,6 +1,8 @@
 """The Trainer's precision: what works learns the same, what does not is refused before any work starts."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -60,3 +62,41 @@ def test_the_initial_sampler_is_scored_as_any_other(tmp_path, precision):
     assert fitted.initial == validated.scores
     assert {"fid", "judge_fid"} < fitted.initial.keys()
     assert all(math.isfinite(value) for value in fitted.initial.values())
+
+
+@pytest.mark.parametrize("way", ["none", "old", "new", "new global"])
+def test_full_precision_is_taken_up_and_put_back(way):
+    """PyTorch has two ways of setting it and refuses to mix them, for the rest of the process: each in its own."""
+    code = (
+        "import torch; from ddss_lightning.precision import full_precision\n"
+        "b, way = torch.backends, sys.argv[1]\n"
+        "if not hasattr(b.cudnn, 'conv'): sys.exit()\n"
+        "if way == 'old': torch.set_float32_matmul_precision('high'); b.cudnn.allow_tf32 = False\n"
+        "if way == 'new': b.cuda.matmul.fp32_precision = b.cudnn.conv.fp32_precision = 'tf32'\n"
+        "if way == 'new global': b.fp32_precision = 'tf32'\n"
+        "old = way in ('none', 'old')\n"
+        "def now():\n"
+        "    product = torch.get_float32_matmul_precision() if old else b.cuda.matmul.fp32_precision\n"
+        "    return product, b.cudnn.conv.fp32_precision, b.cudnn.allow_tf32, torch.is_autocast_enabled('cpu')\n"
+        "with torch.autocast('cpu'):\n"
+        "    before = now()\n"
+        "    assert before[3]\n"
+        "    with full_precision('cpu'): inside = now()\n"
+        "    assert inside == ('highest' if old else 'ieee', 'ieee', False, False), inside\n"
+        "    assert now() == before, (now(), before)\n"
+    )
+    subprocess.run([sys.executable, "-c", f"import sys\n{code}", way], check=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="of PyTorch 2.9 and newer")
+def test_convolutions_of_scores_and_of_gauss_newton_are_not_rounded(tmp_path):
+    """TF32, cuDNN's default, drowns differences of a thousandth."""
+    module = make(gauss_newton={"residual_images": 8, "trial_images": 8, "dampings": [1.0]})
+    seen = {"network": set(), "features": set()}
+    for name, part in (("network", module.denoiser), ("features", module.features)):
+        part.register_forward_pre_hook(lambda *_, name=name: seen[name].add(torch.backends.cudnn.conv.fp32_precision))
+    trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=data())
+    assert seen == {"network": {"ieee"}, "features": {"ieee"}}
+    seen["network"].clear()
+    trainer(tmp_path, callbacks=[SampleQuality()]).validate(module, datamodule=data())
+    assert seen == {"network": {"tf32"}, "features": {"ieee"}}

@@ -19,6 +19,7 @@ from torchmetrics import Metric, MetricCollection
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.ggdm import CARD_NAME
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
+from ddss_lightning.precision import full_precision
 from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.signals import NOTHING_LEARNED, agreed, noted, stop
 
@@ -71,7 +72,7 @@ class FeatureSpace:
         Raises:
             ValueError: images that are not finite.
         """
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), full_precision(images.device.type):
             vectors = self.features(images.to(self.features.dtype))
             for name, metric in self.metrics.items():
                 samples = self.features.logits(vectors) if name == "is" else vectors
@@ -157,13 +158,16 @@ class SampleQuality(Callback):
         """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
         return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "sampler"
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a judge that does not fit, and to overwrite a sampler, before any work starts."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Refuse a judge that does not fit, before any work starts."""
         assert isinstance(pl_module, SamplingModule)
         if self.judge is not None:
             check_judge(self.judge, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Refuse to overwrite a sampler, before any work starts. A resumed fit, known as such by now, goes on."""
         folder = self.folder(trainer)
-        if stage != "fit" or self.overwrite or trainer.ckpt_path is not None:
+        if self.overwrite or trainer.ckpt_path is not None:
             return
         if (folder / CARD_NAME).exists():
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")

@@ -94,8 +94,9 @@ class Indices(Dataset[int]):
 class ImageDataModule(LightningDataModule, ABC):
     """Base of all data modules: subclasses say what the real images are.
 
-    Training yields minibatches of real images (used by `KIDLoss(real="batch")`); validation, test and prediction
-    yield the global indices of held-out noise, shared out over processes without padding.
+    Training yields minibatches of real images (for `KIDLoss(real="batch")`; where no loss looks at them, of their
+    indices); validation, test and prediction yield the global indices of held-out noise, shared out over processes
+    without padding.
 
     Args:
         batch_size: real images per minibatch and process.
@@ -147,13 +148,17 @@ class ImageDataModule(LightningDataModule, ABC):
         return DataLoader(self.dataset, batch_size=self.eval_batch_size)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Minibatches of real images."""
+        """Minibatches of real images; of their indices, for a module whose `uses_real_batches` is False."""
         self.setup()
         assert self.dataset is not None
         samples, trainer = self.batch_size * self.steps_per_epoch, self.trainer
         used = None if trainer is None else lambda: trainer.global_step * self.batch_size
         sampler = EpochSampler(self.dataset, samples, self.seed, *self._processes(), used)
-        return ResumableLoader(self.dataset, batch_size=self.batch_size, sampler=sampler)
+        module = None if trainer is None else trainer.lightning_module
+        # Images that nothing looks at would be read and decoded at every step.
+        looks = getattr(module, "uses_real_batches", True)
+        dataset: Dataset[Any] = self.dataset if looks else Indices(len(self.dataset))  # type: ignore[arg-type]
+        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

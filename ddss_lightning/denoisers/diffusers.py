@@ -15,6 +15,8 @@ from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
 # Beside the folders `unet` and `scheduler` of a class-conditional model: {"null_label": ..., ...}.
 CLASSES_NAME = "classes.json"
+# Modes of `torch.compile` that record CUDA graphs: each call writes where the last one wrote.
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 class DiffusersDenoiser(Denoiser):
@@ -77,6 +79,7 @@ class DiffusersDenoiser(Denoiser):
         self.num_labels, self.null_label = num_labels, null_label
         self.labels: Tensor | None = None
         self.guidance_scale = 1.0
+        self.overwrites_outputs = False
         self.freeze()
 
     @classmethod
@@ -91,8 +94,10 @@ class DiffusersDenoiser(Denoiser):
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
             null_label: of a network with classes; default: that in `classes.json` of a local folder.
-            compile_mode: compile the network with `torch.compile` in this mode, `default`, `reduce-overhead` (with CUDA
-                graphs) or `max-autotune`; None: not. Times are tensors: a step with other times is not compiled again.
+            compile_mode: compile the network with `torch.compile` in this mode: `default`,
+                `max-autotune-no-cudagraphs`, or with CUDA graphs `reduce-overhead` or `max-autotune`, whose outputs are
+                copied, for the next call overwrites them; None: not. Times are tensors: a step with other times is not
+                compiled again.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
@@ -105,7 +110,7 @@ class DiffusersDenoiser(Denoiser):
                 f"No diffusion model in '{pretrained_path}': there is no such folder. Give a folder written by a "
                 "diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
             )
-        modes = ("default", "reduce-overhead", "max-autotune")
+        modes = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
         if compile_mode is not None and compile_mode not in modes:
             raise ValueError(f"Unknown compile_mode '{compile_mode}'; choose one of {', '.join(modes)}, or none.")
         try:
@@ -118,7 +123,9 @@ class DiffusersDenoiser(Denoiser):
         schedule = NoiseSchedule.from_scheduler(scheduler)
         if compile_mode is not None:
             unet.compile(mode=compile_mode)
-        return cls(unet, schedule, scheduler_prediction_type(scheduler), pretrained_path, null_label, vae)
+        denoiser = cls(unet, schedule, scheduler_prediction_type(scheduler), pretrained_path, null_label, vae)
+        denoiser.overwrites_outputs = compile_mode in CUDA_GRAPHS
+        return denoiser
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -194,7 +201,7 @@ class DiffusersDenoiser(Denoiser):
         conditions = {} if labels is None else {"class_labels": labels}
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
-        return output
+        return output.clone() if self.overwrites_outputs else output
 
 
 def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[int, int, int]:

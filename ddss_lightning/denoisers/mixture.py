@@ -45,7 +45,7 @@ class MixtureDenoiser(Denoiser):
         """The exact conditional mean of the noise, shape (N, C, H, W)."""
         alpha, sigma = (value.to(x_t)[:, None] for value in self.schedule.alpha_sigma(timestep))
         x, means = x_t.flatten(1), self.means.flatten(1).to(x_t)
-        variance = alpha.square() * float(self.std) ** 2 + sigma.square()
+        variance = alpha.square() * self.std.square().to(x_t) + sigma.square()
         # |x - alpha m|^2 without the term that all components share.
         logits = (alpha * (x @ means.T) - alpha.square() * means.square().sum(1) / 2) / variance
         mean = torch.softmax(logits, dim=1) @ means

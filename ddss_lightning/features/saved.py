@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.files import replacing
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -23,9 +24,11 @@ def save_features(network: FeatureExtractor, config: dict[str, Any], save_direct
     """Write `config.json` and `model.safetensors` into `save_directory` (created if missing)."""
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": type(network).__name__, **config}, indent=2) + "\n")
-    # Weights may lie channels last.
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / WEIGHTS_NAME)
+    with replacing(folder / CONFIG_NAME) as partial:
+        partial.write_text(json.dumps({"_class_name": type(network).__name__, **config}, indent=2) + "\n")
+    with replacing(folder / WEIGHTS_NAME) as partial:
+        # Weights may lie channels last.
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
 
 
 def load_features(pretrained_path: str | Path, *classes: type[FeaturesT]) -> FeaturesT:

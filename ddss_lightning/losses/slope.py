@@ -1,9 +1,9 @@
-"""The gradient of a loss of a whole batch on the memory of a part of it, and without rounding to fewer digits."""
+"""The gradient of a loss of a whole batch on the memory of a part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -46,27 +46,3 @@ def slope_by_parts(
             if each is not None:
                 total += each
     return loss, gradients
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in float32 as such: no autocast, no TF32. A KID is a small difference of large means.
-
-    PyTorch has two ways of setting this and refuses to mix them: the one that the user took is taken.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-        change = torch.set_float32_matmul_precision
-        highest = "highest"
-    except RuntimeError:
-        before, highest = torch.backends.cuda.matmul.fp32_precision, "ieee"
-
-        def change(precision: str) -> None:
-            torch.backends.cuda.matmul.fp32_precision = precision
-
-    change(highest)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        change(before)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from ddss_lightning.features import FeatureExtractor
 from ddss_lightning.features.base import check_finite, check_images
+from ddss_lightning.precision import full_precision
 
 DIVERGED = "a sampler that diverges makes such images: look at its coefficients, and score a sampler that does not"
 
@@ -50,7 +51,7 @@ class SampleMetric(Metric):
 
     @torch.no_grad()
     def vectors(self, samples: Tensor) -> Tensor:
-        """Rows of length d in float64: the samples themselves, or their features without autocast.
+        """Rows of length d in float64: the samples themselves, or their features in full precision.
 
         Args:
             samples: vectors of shape (n, d), or images of shape (n, C, H, W) with float values in [-1, 1].
@@ -63,7 +64,7 @@ class SampleMetric(Metric):
         if network is not None:
             check_images(samples, remedy=DIVERGED)
             device = next(network.parameters(), samples).device
-            with torch.autocast(device.type, enabled=False):
+            with full_precision(device.type):
                 samples = self.represent(network, samples.to(device).float())
         if samples.ndim != 2 or samples.shape[1] != self.num_features:
             remedy = "use the feature network of the real images" if network else "or give `features=` to take images"
@@ -76,7 +77,7 @@ class SampleMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Move, but never cast: a module in bfloat16 that owns the metric must not round states and real features."""
-        device = fn(torch.empty(0)).device
+        device = fn(torch.empty(0, device=self.device)).device
         return super()._apply(lambda tensor: tensor.to(device), exclude_state)
 
     def represent(self, network: FeatureExtractor, images: Tensor) -> Tensor:

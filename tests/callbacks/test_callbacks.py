@@ -114,6 +114,17 @@ def test_existing_sampler_is_not_overwritten(tmp_path):
         SampleQuality("is")
 
 
+def test_a_fit_goes_on_in_its_own_folder(tmp_path):
+    """With the folder named in both, as the line says that an interrupted fit ends with."""
+    for epochs, checkpoint in ((1, None), (2, tmp_path / "last.ckpt")):
+        quality = SampleQuality(dirpath=str(tmp_path / "s"))
+        runner = trainer(tmp_path, epochs, callbacks=[quality, Interruption(dirpath=str(tmp_path))])
+        module = make()
+        runner.fit(module, data(), ckpt_path=checkpoint)
+        assert module.global_step == 2 * epochs
+    assert (tmp_path / "s" / "sampler.json").exists()
+
+
 def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):
     """Four steps an epoch, a validation after each second one, a minute a step, a checkpoint every minute."""
     saved, validated = [], []

@@ -25,6 +25,7 @@ from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.remat import measured_call
+from ddss_lightning.replay import Replay
 from tests.conftest import DDPM
 
 
@@ -357,6 +358,32 @@ def test_a_compiled_network_is_not_compiled_again_at_each_step(schedule):
 
 
 def test_unknown_compile_mode():
-    with pytest.raises(ValueError, match="Unknown compile_mode 'fast'; choose one of default, reduce-overhead"):
+    with pytest.raises(ValueError, match="Unknown compile_mode 'fast'; choose one of default, max-autotune-no-"):
         DiffusersDenoiser.from_pretrained(DDPM, compile_mode="fast")
     assert DiffusersDenoiser.from_pretrained(DDPM, compile_mode="default").unet._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_outputs_that_the_next_call_overwrites(mode):
+    """As those of a CUDA graph: calls without gradient share their memory."""
+    plain, denoiser = (
+        DiffusersDenoiser.from_pretrained(DDPM),
+        DiffusersDenoiser.from_pretrained(DDPM, compile_mode=mode),
+    )
+    memory = torch.empty(3, 1, 8, 8)
+
+    def overwriting(*args, **kwargs):
+        (output,) = denoiser.unet.forward(*args, **kwargs)
+        return (output if output.requires_grad else memory.copy_(output),)
+
+    denoiser.unet._compiled_call_impl = overwriting
+    sampler = GGDMSampler(plain.schedule, 3, learn=("mu", "nu", "time"))
+    x_T, noise = torch.randn(3, 1, 8, 8), torch.zeros(2, 3, 1, 8, 8)
+    gradients = [
+        torch.autograd.grad(sampler(each, x_T, noise=noise).square().mean(), list(sampler.parameters()))
+        for each in (plain, denoiser)
+    ]
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+    ours, theirs = (Replay(each, sampler.coefficients(), x_T, noise) for each in (denoiser, plain))
+    torch.testing.assert_close(torch.stack(ours._outputs), torch.stack(theirs._outputs))

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import torch
 
 from ddss_lightning.losses.slope import slope_by_parts
@@ -41,19 +38,3 @@ def test_parts_have_the_gradient_of_several_outputs():
         calls.clear()
         loss, (gradient,) = slope_by_parts(outputs_of, parts, loss_and_slopes, [theta])
         assert (float(loss), float(gradient), len(calls)) == (8 * 15, 12 * 15, num)
-
-
-def test_either_way_of_setting_the_precision_is_taken_up_and_put_back():
-    """PyTorch refuses to mix its two ways, for the rest of the process: each in a process of its own."""
-    code = (
-        "import torch; from ddss_lightning.losses.slope import full_precision\n"
-        "new = hasattr(torch.backends.cuda.matmul, 'fp32_precision') and {new}\n"
-        "if new: torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "else: torch.set_float32_matmul_precision('high')\n"
-        "def now(): return torch.backends.cuda.matmul.fp32_precision if new else torch.get_float32_matmul_precision()\n"
-        "before = now()\n"
-        "with full_precision('cpu'): assert now() in ('ieee', 'highest')\n"
-        "assert now() == before\n"
-    )
-    for new in (True, False):
-        subprocess.run([sys.executable, "-c", code.format(new=new)], check=True)

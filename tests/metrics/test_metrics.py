@@ -303,3 +303,12 @@ def test_too_few_images():
         KernelDistance(draw(9), "rbf")
     with pytest.raises(ValueError, match="num_neighbours must be at least 1, got 0"):
         PrecisionRecall(draw(9), 0)
+
+
+def test_a_cast_leaves_a_metric_on_its_device():
+    """`meta` stands for a GPU: with the function tried on a tensor of the CPU, a cast moved the metric there."""
+    metric = FrechetDistance(torch.randn(20, 3)).to("meta")
+    for cast in (metric.bfloat16, metric.double, metric.half):
+        cast()
+        assert {each.device.type for each in metric.buffers()} == {"meta"}
+        assert metric.device.type == "meta"
