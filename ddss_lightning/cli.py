@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
-from ddss_lightning.commands import COMMANDS
+from ddss_lightning.commands import COMMANDS, sampler_folder
 from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
@@ -44,14 +44,22 @@ def _prediction_type(denoiser: Denoiser) -> str:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last."""
+    """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last.
+
+    That one is written when the checkpoint has been accepted. The recipe of another run is never overwritten.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As Lightning's, which refuses to overwrite the recipe of another run."""
+        """Write the recipe, unless a checkpoint might be refused."""
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
-        super().setup(trainer, pl_module, stage)
+        if not self.overwrite or stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the recipe of a run that goes on."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class DDSSCommandLine(LightningCLI):
@@ -98,10 +106,15 @@ class DDSSCommandLine(LightningCLI):
             self._get(self.config, "quality").overwrite = True
         super().instantiate_classes()
         folder = self._get(self.config, "pretrained_sampler")
+        if self._get(self.config, "ckpt_path") == "last" and self.subcommand not in (None, "fit"):
+            raise ValueError(
+                f"--ckpt_path=last is for fit; give {self.subcommand} the path of a checkpoint, or the folder of a "
+                "sampler: --pretrained_sampler."
+            )
         if folder and self._get(self.config, "ckpt_path"):
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
         if folder:
-            self.model.load_sampler(folder)
+            self.model.load_sampler(sampler_folder(folder))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("enable_checkpointing") is False:
@@ -116,6 +129,10 @@ def _one_line(error: Exception) -> str:
     """The message without line breaks; of the parser's nested report on a wrong value only the innermost part."""
     message = " ".join(str(error).split())
     key, _, report = message.rpartition('Parser key "')[2].partition('": ')
+    # A part of the recipe: its class is not there, or does not take these arguments.
+    problem = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a <class 'NoneType'>", report)
+    if problem and not re.search("(Given|Got) value", problem[1]):
+        return f"{key}: {problem[1]}"
     expected = re.search(r"Expected an? (?:typing\.)?(.*?)(?:\. Got value| - Expected| Given value)", report)
     value = re.search(r"(?:Got|Given) value: (\S+)", report)
     if 'Parser key "' not in message or not expected or not value:

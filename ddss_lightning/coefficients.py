@@ -156,7 +156,7 @@ class Coefficients:
     def table(self) -> str:
         """One line a step: time, half log-SNR and marginal of the state, noise added, and the weights of its update."""
         a, marginal_std = (value.detach().tolist() for value in self.marginals())
-        lines = [" k  timestep  log-SNR        a      std  noise added      nu  mu: weights of the states"]
+        lines = [" k  timestep  ½logSNR        a      std  noise added      nu  mu: weights of the states"]
         for k in range(self.num_steps):
             weights = [f"{float(w):+.3f} x_{j}" for j, w in enumerate(self.mu[k, : k + 1].detach()) if abs(w) >= 5e-4]
             # Newest first, and no more than fit a line.

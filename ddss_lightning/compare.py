@@ -125,6 +125,8 @@ class Comparison:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}.")
         if min(self.steps) < 1:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"--output: '{self.output}' is no folder; give another one.")
 
     @property
     def solver_names(self) -> list[str]:
@@ -424,6 +426,10 @@ def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
             except NoSuchCallsError as error:
                 rank_zero_info(f"left out: {error}")
         found += [contender for contender in learned if contender[first][0].nfe == nfe]
+    for contender in learned:
+        if contender[first][0].nfe not in settings.steps:
+            candidate = contender[first][0]
+            rank_zero_info(f"left out: '{candidate.folder}' makes {candidate.nfe} network calls, which --steps lacks.")
     if not found:
         raise ValueError(f"Nothing to compare: no solver makes {list(settings.steps)} network calls.")
     return found
@@ -546,6 +552,7 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
         ValueError: a judge that does not fit, a sampler of another model, scores of another protocol in the output
             folder, or nothing to compare.
     """
+    settings.output.mkdir(parents=True, exist_ok=True)
     judge = None if settings.judge is None else load_any(settings.judge)
     if judge is not None:
         check_judge(judge, module)

@@ -118,6 +118,13 @@ class DDSSModule(SamplingModule):
         for name, size in (("microbatch_size", microbatch_size), ("features_batch_size", features_batch_size)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
+        limits = {"lr": (lr, math.inf), "time_lr": (time_lr, math.inf), "final_lr_fraction": (final_lr_fraction, 1.0)}
+        limits |= {"warmup_steps": (warmup_steps, math.inf), "gradient_clip_norm": (gradient_clip_norm, math.inf)}
+        for name, (value, largest) in limits.items():
+            if not 0 <= value <= largest or not (math.isfinite(value) or name == "gradient_clip_norm"):
+                raise ValueError(
+                    f"{name} must be a number of at least 0{' and at most 1' * (largest == 1)}, got {value}."
+                )
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}.")
         settings = {"gauss_newton": gauss_newton, "teacher": teacher}
@@ -404,7 +411,8 @@ class DDSSModule(SamplingModule):
         if self.num_skipped_in_a_row >= self.max_skipped_steps:
             raise FloatingPointError(
                 f"The fit stopped after step {self.global_step}: {self.num_skipped_in_a_row} steps in a row had a loss "
-                "or gradient that is not finite. The sampler is the best one so far; lower the learning rate."
+                "or gradient that is not finite. The sampler is the best one so far, if any was good; lower the "
+                "learning rate, or look at the model's output where the first step failed."
             )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401

@@ -110,7 +110,8 @@ def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] |
             return steps
     if not counts:
         raise reason
-    possible = ", ".join(str(count) for count in sorted(set(counts.values())))
+    others = [str(count) for count in sorted(set(counts.values()))]
+    possible = ", ".join(others if len(others) < 20 else ["...", *others[-5:]])
     raise ValueError(f"{type(scheduler).__name__} cannot make {nfe} network calls, only {possible}, or more.")
 
 

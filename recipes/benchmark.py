@@ -418,6 +418,8 @@ def main() -> None:
         "--release", nargs=2, metavar=("SETTING", "FOLDER"), help="copy its samplers to FOLDER-<steps>, with cards"
     )
     given, console = parser.parse_args(), Console()
+    if given.output.exists() and not given.output.is_dir():
+        parser.error(f"--output: '{given.output}' is no folder; give another one.")
     sweep = Sweep.read(given.sweep)
     if given.release and given.release[0] not in sweep.settings:
         parser.error(f"--release: '{given.release[0]}' is not a setting of '{given.sweep}'.")
@@ -438,8 +440,9 @@ def main() -> None:
     text = plan(runs, [cost for _, cost in prepared])
     given.output.mkdir(parents=True, exist_ok=True)
     if not (given.steps or given.seeds or given.settings):
-        (given.output / "plan.md").write_text(text)
-    console.print(text, highlight=False)
+        with replacing(given.output / "plan.md") as partial:
+            partial.write_text(text)
+    print(text)  # a table of Markdown: not to be wrapped
     if given.plan:
         return
     for index, (run, (recipe, cost)) in enumerate(zip(runs, prepared, strict=True)):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.cli import command_line
+from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler
@@ -234,6 +235,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.release and args.sampler:
         parser.error("--release is for a sampler that this command learned; leave out --sampler.")
+    if args.num_images < 2:
+        parser.error(f"--num_images must be at least 2, got {args.num_images}.")
     if not Path(args.recipe).is_file():
         parser.error(f"there is no recipe '{args.recipe}'.")
     if args.release and (args.release / "README.md").exists() and not args.overwrite:
@@ -251,7 +254,10 @@ def main() -> None:
         flags = ["--model.seed", str(args.seed), "--trainer.logger", "false"]
         cli = command_line(["-c", args.recipe, *flags], run=False)
         module, datamodule = cli.model, cli.datamodule
-        module.load_sampler(args.sampler)
+        try:
+            module.load_sampler(sampler_folder(args.sampler))
+        except ValueError as error:
+            parser.error(f"--sampler: {error}")
     else:
         module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddss_lightning import ConvFeatures, DiffusersDenoiser, GGDMSampler, RandomFeatures, ResidualFeatures
 from ddss_lightning.data.glyphs import load_glyphs
+from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--num_real", type=int, default=10_000)
     given = parser.parse_args()
+    if min(given.num_images, given.num_real) < 2:
+        parser.error("--num_images and --num_real must be at least 2.")
     denoiser = DiffusersDenoiser.from_pretrained(str(CHECKPOINTS / "glyphs-ddpm"))
     size = denoiser.image_shape[-1]
     spaces: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,6 +77,9 @@ def main() -> None:
     samplers = {}
     for folder in given.samplers:
         learned = GGDMSampler.from_pretrained(folder)
+        base_model = read_card(folder)["base_model"]
+        if base_model.get("fingerprint") != denoiser.fingerprint():
+            parser.error(f"the sampler in '{folder}' was learned for '{base_model.get('name')}', not for the glyphs.")
         samplers[f"DPM-Solver++ 2M, {learned.num_steps} calls"] = GGDMSampler(
             denoiser.schedule, learned.num_steps, anchor="dpmpp_2m", stride="quadratic"
         )

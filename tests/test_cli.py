@@ -135,7 +135,7 @@ def error_of(capsys, arguments):
         (["--model.teacher.relax_radius=-1"], "relax_radius must be a number of at least 0, got -1"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
         (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "not both"),
-        (["--pretrained_sampler=no/such/sampler"], "No sampler in 'no/such/sampler'"),
+        (["--pretrained_sampler=no/such/sampler"], "There is no folder 'no/such/sampler'"),
         (["--model.batch_size=1"], "batch_size must be at least 2"),
         (
             ["--data=ddss_lightning.ImageFolderDataModule", "--data.root=no/such/images", "--data.image_size=8"],
@@ -260,3 +260,49 @@ def test_objects_of_a_recipe_leave_no_file_behind(tmp_path, monkeypatch):
     cli = command_line(flags, run=False)
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler.anchr=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'anchr' is not accepted"),
+        (["--config={tmp_path}/typo.yaml"], "loss: 'ddss_lightning.KIDLos': module 'ddss_lightning' has no attribute"),
+        (["--data=ddss_lightning.ImageFolderDataModule"], "the following arguments are required: root, image_size"),
+        (["--data.root=x"], "data: 'ddss_lightning.DigitsDataModule': Option 'root' is not accepted"),
+        (["--sampler.anchor=5"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got 5"),
+        (["--model.lr=-1"], "lr must be a number of at least 0, got -1.0"),
+        (["--model.time_lr=.inf"], "time_lr must be a number of at least 0, got inf"),
+        (["--model.final_lr_fraction=7"], "final_lr_fraction must be a number of at least 0 and at most 1, got 7.0"),
+        (["--model.warmup_steps=-5"], "warmup_steps must be a number of at least 0, got -5"),
+        (["--pictures.columns=0"], "columns must be at least 1, got 0"),
+        (["--data.num_predict_images=-5"], "num_predict_images must be at least 1, got -5"),
+        (["--quality.dirpath={tmp_path}/typo.yaml"], "typo.yaml' is no folder; give another dirpath"),
+    ],
+)
+def test_what_was_typed_wrong_is_named(tmp_path, capsys, flags, message):
+    (tmp_path / "typo.yaml").write_text("loss: {class_path: ddss_lightning.KIDLos}\n")
+    flags = [flag.format(tmp_path=tmp_path) for flag in flags]
+    assert message in error_of(capsys, quick("fit", tmp_path, *flags))
+
+
+def test_a_run_goes_on_with_the_scores_it_has(tmp_path, capsys):
+    """Steps after the last validation are scored; other scores are refused, and the recipe stays."""
+    flags = ["--trainer.logger.version=night", "--ckpt_path=last", "--data.steps_per_epoch=3"]
+    main(quick("fit", tmp_path, *flags))
+    folder = tmp_path / "digits_5" / "night"
+    recipe = (folder / "config.yaml").read_bytes()
+    for other, named in (
+        ("--data.num_val_images=40", "num_val_images: 24 instead of 40"),
+        ("--model.seed=3", "seed: 0 instead of 3"),
+        ("--sampler.num_steps=6", "another sampler"),
+    ):
+        error = error_of(capsys, quick("fit", tmp_path, *flags, "--trainer.max_steps=4", other))
+        assert named in error
+    # Refused before the checkpoint is accepted: nothing is written.
+    error_of(capsys, quick("fit", tmp_path, *flags, "--sampler.num_steps=6"))
+    assert b"num_steps: 5" in (folder / "config.yaml").read_bytes()
+    assert b"num_steps: 5" in recipe
+    error = error_of(capsys, quick("test", tmp_path, "--trainer.logger.version=night", "--ckpt_path=last"))
+    assert "--ckpt_path=last is for fit" in error
+    # A log folder serves where a sampler is asked for.
+    main(quick("test", tmp_path, f"--pretrained_sampler={folder}"))

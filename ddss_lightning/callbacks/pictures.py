@@ -22,9 +22,15 @@ class SamplerPictures(Callback):
         num_images: samples of the grid, taken from the first validation batch.
         columns: samples per row.
         scale: enlargement of the pixels.
+
+    Raises:
+        ValueError: an argument below 1.
     """
 
     def __init__(self, num_images: int = 64, columns: int = 16, scale: int = 4) -> None:
+        for name, value in {"num_images": num_images, "columns": columns, "scale": scale}.items():
+            if value < 1:
+                raise ValueError(f"pictures: {name} must be at least 1, got {value}.")
         self.num_images, self.columns, self.scale = num_images, columns, scale
         self.steps: list[int] = []
         self.logsnrs: list[list[float]] = []

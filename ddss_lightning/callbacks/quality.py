@@ -150,6 +150,9 @@ class SampleQuality(Callback):
         self.best_sampler: dict[str, Tensor] = {}
         self.scores: dict[str, float] = {}
         self.num_images = self.num_not_finite = 0
+        # The step whose sampler was scored last, and what makes scores comparable.
+        self._scored_step = -1
+        self._protocol: dict[str, Any] = {}
         self._counts = [0, 0]
         self._spaces: list[FeatureSpace] = []
         self._real: Tensor | None = None
@@ -167,6 +170,8 @@ class SampleQuality(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Refuse to overwrite a sampler, before any work starts. A resumed fit, known as such by now, goes on."""
         folder = self.folder(trainer)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"'{folder}' is no folder; give another dirpath for the best sampler.")
         if self.overwrite or trainer.ckpt_path is not None:
             return
         if (folder / CARD_NAME).exists():
@@ -212,33 +217,72 @@ class SampleQuality(Callback):
 
     # --------------------------------------------------------------------------------------------- candidate 0
 
-    @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the initial sampler; a resumed fit has its scores, and sees that its best sampler is in its folder."""
+        """Score the initial sampler; a resumed fit has its scores, and sees that its best sampler is in its folder.
+
+        Raises:
+            ValueError: a resumed fit whose scores so far are of other features, images or noise.
+        """
         assert isinstance(pl_module, SamplingModule)
         folder = self.folder(trainer)
         if self.best and not (folder / CARD_NAME).exists():
             self._write(trainer, pl_module, folder)
-        loader = getattr(getattr(trainer, "datamodule", None), "val_dataloader", None)
-        if self.initial or loader is None or not trainer.enable_validation:
+        if not self._validates(trainer):
             return
-        limit = trainer.limit_val_batches
-        batches = loader()
+        self._check_protocol(trainer, pl_module)
+        if self.initial:
+            return
+        self.initial = self._score(trainer, pl_module, NOTHING_LEARNED)
+        rank_zero_info(f"initial sampler: {_line(self.initial)}")
+        self._select(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the last sampler, if steps were taken since the last validation: `max_steps` may end an epoch early."""
+        assert isinstance(pl_module, SamplingModule)
+        if self.initial and self._scored_step < trainer.global_step and self._validates(trainer):
+            self._score(trainer, pl_module, "the last steps are not scored")
+            self._select(trainer, pl_module)
+
+    @staticmethod
+    def _validates(trainer: Trainer) -> bool:
+        return hasattr(getattr(trainer, "datamodule", None), "val_dataloader") and trainer.enable_validation
+
+    def _check_protocol(self, trainer: Trainer, module: SamplingModule) -> None:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        protocol = {
+            "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
+            "real images": len(module.real_features()),
+            "num_val_images": getattr(datamodule, "num_val_images", None),
+            "seed": module.seed,
+        }
+        before, self._protocol = self._protocol or protocol, protocol
+        other = [
+            f"{name}: {before.get(name)} instead of {each}" for name, each in protocol.items() if before[name] != each
+        ]
+        if other:
+            raise ValueError(
+                f"The scores in the checkpoint are not comparable with those to come ({', '.join(other)}); resume with "
+                "the recipe it was started with, or start anew from its sampler with --pretrained_sampler."
+            )
+
+    @torch.no_grad()
+    def _score(self, trainer: Trainer, module: SamplingModule, if_told_to_stop: str) -> dict[str, float]:
+        """Scores of the sampler as it is, outside the Trainer's own validation."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        limit, batches = trainer.limit_val_batches, datamodule.val_dataloader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
         with noted(signal.SIGTERM) as received:
-            self._begin(pl_module)
+            self._begin(module)
             for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
                 if received:
                     break
                 with trainer.precision_plugin.val_step_context():
-                    images = pl_module.validation_step(batch, index)
+                    images = module.validation_step(batch, index)
                 self._update(images, batch)
         # Before the scores, for which all processes wait for each other.
         if agreed(trainer, bool(received)):
-            stop(trainer, signal.SIGTERM, NOTHING_LEARNED)
-        self.initial = self._compute(trainer)
-        rank_zero_info(f"initial sampler: {_line(self.initial)}")
-        self._select(trainer, pl_module)
+            stop(trainer, signal.SIGTERM, if_told_to_stop)
+        return self._compute(trainer)
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -281,6 +325,7 @@ class SampleQuality(Callback):
     # ------------------------------------------------------------------------------------------------ selection
 
     def _select(self, trainer: Trainer, module: SamplingModule) -> None:
+        self._scored_step = trainer.global_step
         score = self.scores[self.monitor]
         if not math.isfinite(score) or (self.best and score >= self.best[self.monitor]):
             return
@@ -307,8 +352,14 @@ class SampleQuality(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
         assert isinstance(pl_module, SamplingModule)
+        folder = self.folder(trainer)
         if not self.best:
+            if self.initial:
+                rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")
             return
+        # A fit that had nothing left to do, resumed in another folder, has not come by `on_train_start`.
+        if not (folder / CARD_NAME).exists():
+            self._write(trainer, pl_module, folder)
         pl_module.averaged.load_state_dict(self.best_sampler)
         pl_module.sampler.load_state_dict(self.best_sampler)
         for logger in trainer.loggers:
@@ -316,7 +367,7 @@ class SampleQuality(Callback):
                 logger.log_hyperparams(
                     dict(pl_module.hparams), {f"best/{name}": value for name, value in self.best.items()}
                 )
-        where = "" if getattr(trainer, "fast_dev_run", False) else f", saved in '{self.folder(trainer)}'"
+        where = "" if getattr(trainer, "fast_dev_run", False) else f", saved in '{folder}'"
         rank_zero_info(
             f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"
         )
@@ -329,6 +380,8 @@ class SampleQuality(Callback):
             "best_step": self.best_step,
             "best_sampler": self.best_sampler,
             "num_images": self.num_images,
+            "scored_step": self._scored_step,
+            "protocol": self._protocol,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -336,6 +389,8 @@ class SampleQuality(Callback):
         self.initial, self.best = state_dict["initial"], state_dict["best"]
         self.best_step, self.best_sampler = state_dict["best_step"], state_dict["best_sampler"]
         self.num_images = state_dict.get("num_images", 0)
+        self._scored_step = state_dict.get("scored_step", self.best_step)
+        self._protocol = state_dict.get("protocol", {})
 
 
 def _line(scores: dict[str, float]) -> str:

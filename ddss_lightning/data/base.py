@@ -120,6 +120,7 @@ class ImageDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         given = {"steps_per_epoch": steps_per_epoch, "eval_batch_size": eval_batch_size}
+        given |= {"num_predict_images": num_predict_images}
         for name, value in given.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

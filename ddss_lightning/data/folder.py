@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,11 +12,16 @@ from torch.utils.data import Dataset
 
 from ddss_lightning.data.base import ImageDataModule
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 class FolderImages(Dataset[Tensor]):
     """All image files below a folder, centre-cropped to a square, resized (Lanczos) and scaled to [-1, 1].
+
+    They are turned as their EXIF data say; what is transparent becomes white; 16 bits a pixel become 8.
 
     Args:
         root: the folder; subfolders are included.
@@ -24,7 +29,7 @@ class FolderImages(Dataset[Tensor]):
         image_channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        ValueError: the folder is missing or holds no image file.
+        ValueError: the folder is missing or holds no image file; when it is read, a file that is damaged.
     """
 
     def __init__(self, root: str | Path, image_size: int, image_channels: int = 3) -> None:
@@ -43,12 +48,29 @@ class FolderImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         from PIL import Image, ImageOps
 
-        with Image.open(self.files[index]) as image:
-            side = min(image.size)
-            square = ImageOps.fit(image.convert(self.mode), (side, side), Image.Resampling.NEAREST)
-            resized = square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        try:
+            with Image.open(self.files[index]) as image:
+                whole = _opaque(ImageOps.exif_transpose(image)).convert(self.mode)
+        except (OSError, SyntaxError) as error:  # Pillow's words do not say which file
+            raise ValueError(f"'{self.files[index]}' cannot be read as an image: {error}; remove it.") from error
+        side = min(whole.size)
+        square = ImageOps.fit(whole, (side, side), Image.Resampling.NEAREST)
+        resized = square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(resized)).float() / 127.5 - 1
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _opaque(image: Image) -> Image:
+    """An image without transparency, of at most 8 bits a channel."""
+    from PIL import Image as Images
+
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow's own conversion cuts at 255.
+        return Images.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image)
+    return image
 
 
 class ImageFolderDataModule(ImageDataModule):

@@ -57,8 +57,8 @@ class DiffusersDenoiser(Denoiser):
         num_labels = config.get("num_class_embeds") or 0
         if num_labels and null_label is None:
             raise ValueError(
-                f"The network has {num_labels} classes; give the null_label that it was trained with for images of "
-                "any class. Networks that were trained without one are not supported."
+                f"The network has {num_labels} classes; give the null_label (--denoiser.null_label) that it was "
+                "trained with for images of any class. Networks that were trained without one are not supported."
             )
         if null_label is not None and not 0 <= null_label < num_labels:
             raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
@@ -68,6 +68,8 @@ class DiffusersDenoiser(Denoiser):
                 "variance or conditioning channels are not supported."
             )
         size = config.sample_size
+        if not size:
+            raise ValueError("The network's configuration does not say its sample_size; set it to the images' height.")
         height, width = (size, size) if isinstance(size, int) else size
         self.unet = unet.to(memory_format=torch.channels_last)
         self.schedule = schedule

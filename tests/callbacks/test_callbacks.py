@@ -125,6 +125,25 @@ def test_a_fit_goes_on_in_its_own_folder(tmp_path):
     assert (tmp_path / "s" / "sampler.json").exists()
 
 
+def test_the_last_steps_are_scored_and_the_sampler_is_where_it_is_said_to_be(tmp_path):
+    """Three steps in epochs of two, and a finished fit that is resumed in another folder."""
+    scored = []
+
+    class Look(SampleQuality):
+        def _select(self, trainer, module):
+            super()._select(trainer, module)
+            scored.append(trainer.global_step)
+
+    def parts(name):
+        return [Look(dirpath=str(tmp_path / name)), Interruption(dirpath=str(tmp_path))]
+
+    runner = trainer(tmp_path, -1, callbacks=parts("s"), max_steps=3)
+    runner.fit(make(), data())
+    assert scored == [0, 2, 3]
+    trainer(tmp_path, -1, callbacks=parts("other"), max_steps=3).fit(make(), data(), ckpt_path=tmp_path / "last.ckpt")
+    assert (tmp_path / "other" / "sampler.json").exists()
+
+
 def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):
     """Four steps an epoch, a validation after each second one, a minute a step, a checkpoint every minute."""
     saved, validated = [], []

@@ -49,6 +49,33 @@ def test_folder_of_images(tmp_path):
     assert next(iter(grey.real_dataloader())).shape == (1, 1, 4, 4)
 
 
+def test_files_that_are_not_plain(tmp_path):
+    """16 bits a pixel, transparency, and a picture that its EXIF data turn by a quarter."""
+
+    def read(channels):
+        return next(iter(ImageFolderDataModule(str(tmp_path), image_size=2, image_channels=channels).real_dataloader()))
+
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 257], [257 * 100, 65535]], np.uint16)).save(path)
+    torch.testing.assert_close(read(1)[0, 0], torch.tensor([[0.0, 1], [100, 255]]) / 127.5 - 1)
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    Image.fromarray(pixels, "RGBA").save(path)
+    torch.testing.assert_close(read(3)[0, :, 0, 0], torch.tensor([10.0, 20, 30]) / 127.5 - 1)
+    assert (read(3)[0, :, 1] == 1).all()  # white, not the black that lies under it
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter
+    Image.fromarray(np.array([[0, 50], [100, 200]], np.uint8)).save(path, exif=exif)
+    torch.testing.assert_close(read(1)[0, 0], torch.tensor([[100.0, 0], [200, 50]]) / 127.5 - 1)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half\.png' cannot be read as an image"):
+        list(ImageFolderDataModule(str(tmp_path), image_size=4).real_dataloader())
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="holds no image file"):
         ImageFolderDataModule(str(tmp_path), image_size=4).setup()
