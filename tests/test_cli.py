@@ -142,10 +142,23 @@ def error_of(capsys, arguments):
             "no/such",
         ),
         (["--no_such_flag=1"], "no_such_flag"),
+        (["--sampler.anchr=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'anchr' is not accepted"),
+        (["--config={tmp_path}/typo.yaml"], "loss: 'ddss_lightning.KIDLos': module 'ddss_lightning' has no attribute"),
+        (["--data=ddss_lightning.ImageFolderDataModule"], "the following arguments are required: root, image_size"),
+        (["--data.root=x"], "data: 'ddss_lightning.DigitsDataModule': Option 'root' is not accepted"),
+        (["--model.lr=-1"], "lr must be a number of at least 0, got -1.0"),
+        (["--model.time_lr=.inf"], "time_lr must be a number of at least 0, got inf"),
+        (["--model.final_lr_fraction=7"], "final_lr_fraction must be a number of at least 0 and at most 1, got 7.0"),
+        (["--model.warmup_steps=-5"], "warmup_steps must be a number of at least 0, got -5"),
+        (["--pictures.columns=0"], "columns must be at least 1, got 0"),
+        (["--data.num_predict_images=-5"], "num_predict_images must be at least 1, got -5"),
+        (["--quality.dirpath={tmp_path}/typo.yaml"], "typo.yaml' is no folder; give another dirpath"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, flags, message):
+    (tmp_path / "typo.yaml").write_text("loss: {class_path: ddss_lightning.KIDLos}\n")
+    flags = [flag.format(tmp_path=tmp_path) for flag in flags]
     assert message in error_of(capsys, quick("fit", tmp_path, *flags))
 
 
@@ -260,29 +273,6 @@ def test_objects_of_a_recipe_leave_no_file_behind(tmp_path, monkeypatch):
     cli = command_line(flags, run=False)
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--sampler.anchr=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'anchr' is not accepted"),
-        (["--config={tmp_path}/typo.yaml"], "loss: 'ddss_lightning.KIDLos': module 'ddss_lightning' has no attribute"),
-        (["--data=ddss_lightning.ImageFolderDataModule"], "the following arguments are required: root, image_size"),
-        (["--data.root=x"], "data: 'ddss_lightning.DigitsDataModule': Option 'root' is not accepted"),
-        (["--sampler.anchor=5"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got 5"),
-        (["--model.lr=-1"], "lr must be a number of at least 0, got -1.0"),
-        (["--model.time_lr=.inf"], "time_lr must be a number of at least 0, got inf"),
-        (["--model.final_lr_fraction=7"], "final_lr_fraction must be a number of at least 0 and at most 1, got 7.0"),
-        (["--model.warmup_steps=-5"], "warmup_steps must be a number of at least 0, got -5"),
-        (["--pictures.columns=0"], "columns must be at least 1, got 0"),
-        (["--data.num_predict_images=-5"], "num_predict_images must be at least 1, got -5"),
-        (["--quality.dirpath={tmp_path}/typo.yaml"], "typo.yaml' is no folder; give another dirpath"),
-    ],
-)
-def test_what_was_typed_wrong_is_named(tmp_path, capsys, flags, message):
-    (tmp_path / "typo.yaml").write_text("loss: {class_path: ddss_lightning.KIDLos}\n")
-    flags = [flag.format(tmp_path=tmp_path) for flag in flags]
-    assert message in error_of(capsys, quick("fit", tmp_path, *flags))
 
 
 def test_a_run_goes_on_with_the_scores_it_has(tmp_path, capsys):

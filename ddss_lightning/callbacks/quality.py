@@ -168,7 +168,11 @@ class SampleQuality(Callback):
             check_judge(self.judge, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Refuse to overwrite a sampler, before any work starts. A resumed fit, known as such by now, goes on."""
+        """Refuse to overwrite a sampler, before any work starts. A resumed fit, known as such by now, goes on.
+
+        Raises:
+            ValueError: the folder holds a sampler already, or is a file.
+        """
         folder = self.folder(trainer)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"'{folder}' is no folder; give another dirpath for the best sampler.")
@@ -257,7 +261,9 @@ class SampleQuality(Callback):
         }
         before, self._protocol = self._protocol or protocol, protocol
         other = [
-            f"{name}: {before.get(name)} instead of {each}" for name, each in protocol.items() if before[name] != each
+            f"{name}: {before.get(name)} instead of {each}"
+            for name, each in protocol.items()
+            if before.get(name) != each
         ]
         if other:
             raise ValueError(
