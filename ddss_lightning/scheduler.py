@@ -297,7 +297,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """x_{k+1} from the network's output at x_k.
 
         Args:
-            model_output: of the network at (`sample`, `timestep`).
+            model_output: of the network at (`sample`, `timestep`); of one with a learned variance, which has twice the
+                channels, the first half is used.
             timestep: the k-th of `timesteps`.
             sample: x_k.
             eta: must be 0: how much noise is added was learned.
@@ -310,7 +311,9 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: a timestep that is not the next one (image-to-image, a missing `set_timesteps`), shapes that
                 differ, or an option that a learned sampler does not have.
         """
-        k = self.step_index
+        k, channels = self.step_index, sample.shape[1]
+        if model_output.shape[1] == 2 * channels:
+            model_output = model_output[:, :channels]
         self._check_step(k, model_output, timestep, sample, eta, use_clipped_model_output)
         self._states.append(sample if k else self._first_state(sample))
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -350,8 +353,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}; networks with a "
-                "learned variance are not supported."
+                f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}; they must be equal "
+                "(with a learned variance: twice as many channels)."
             )
         if self._states and self._states[-1].shape != sample.shape:
             raise ValueError(f"The sample changed from {tuple(self._states[-1].shape)} to {tuple(sample.shape)}.")

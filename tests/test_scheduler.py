@@ -31,6 +31,7 @@ from diffusers import (
 
 from ddss_lightning.coefficients import Coefficients
 from ddss_lightning.commands import export
+from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.scheduler import GGDMScheduler
@@ -379,6 +380,23 @@ def test_stable_diffusion_3_with_a_flow_sampler():
     torch.testing.assert_close(latents, x_0, rtol=1e-4, atol=1e-5)
 
 
+def test_a_learned_variance_is_left_out(schedule):
+    """`DDPMPipeline` gives the scheduler all channels of the network."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, 3, 6, norm_num_groups=4, layers_per_block=1, **small)
+    sampler = random_sampler(schedule)
+    pipeline = DDPMPipeline(unet, DDIMScheduler(beta_schedule="linear"))
+    pipeline.scheduler = GGDMScheduler.from_sampler(sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+    with torch.no_grad():
+        x_T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        ours = sampler(DiffusersDenoiser(unet, schedule), x_T)
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------- what diffusers' own scheduler tests ask for
 
 
@@ -474,8 +492,8 @@ def test_wrong_use_is_told(sampler):
     residual, sample, _ = sample_and_residual(scheduler)
     with pytest.raises(ValueError, match=r"Step 0 of this sampler is at timestep 999, got .*image-to-image"):
         scheduler.step(residual, scheduler.timesteps[1], sample)
-    with pytest.raises(ValueError, match=r"model_output has shape \(2, 6, 4, 4\)"):
-        scheduler.step(torch.cat([residual, residual], 1), scheduler.timesteps[0], sample)
+    with pytest.raises(ValueError, match=r"model_output has shape \(2, 5, 4, 4\)"):
+        scheduler.step(torch.cat([residual, residual[:, :2]], 1), scheduler.timesteps[0], sample)
     x = sample
     for t in scheduler.timesteps:
         x = scheduler.step(residual, t, x).prev_sample

@@ -28,6 +28,9 @@ class DiffusersDenoiser(Denoiser):
 
     .. math:: output = output_{null} + w (output_{label} - output_{null})
 
+    Of a network that predicts its variance too (Nichol and Dhariwal 2021: twice as many channels out as in) the first
+    half is used: how much noise a step adds is the sampler's.
+
     A latent model's states are latents; `decode` makes images of them, x = decoder(z / scaling_factor + shift_factor).
 
     Args:
@@ -39,7 +42,7 @@ class DiffusersDenoiser(Denoiser):
         vae: decoder of a latent model: a diffusers `VQModel` or `AutoencoderKL`.
 
     Raises:
-        ValueError: a network whose output has more channels than its input (a learned variance); a null label that
+        ValueError: a network whose output has neither the channels of its input nor twice as many; a null label that
             the network does not have, or none for a network with classes.
     """
 
@@ -62,10 +65,10 @@ class DiffusersDenoiser(Denoiser):
             )
         if null_label is not None and not 0 <= null_label < num_labels:
             raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
-        if config.out_channels != config.in_channels:
+        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
             raise ValueError(
-                f"The network maps {config.in_channels} channels to {config.out_channels}; models with a learned "
-                "variance or conditioning channels are not supported."
+                f"The network maps {config.in_channels} channels to {config.out_channels}; it must be to as many, or, "
+                "with a learned variance, to twice as many. Models with conditioning channels are not supported."
             )
         size = config.sample_size
         if not size:
@@ -203,6 +206,7 @@ class DiffusersDenoiser(Denoiser):
         conditions = {} if labels is None else {"class_labels": labels}
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
+        output = output[:, : x_t.shape[1]]
         return output.clone() if self.overwrites_outputs else output
 
 

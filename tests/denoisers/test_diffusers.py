@@ -68,13 +68,33 @@ def test_missing_and_damaged_folders(tmp_path, monkeypatch):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "n"))
 
 
-def test_wrong_size_and_learned_variance(denoiser):
+def small_unet(in_channels, out_channels):
+    torch.manual_seed(0)
+    small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet2DModel(8, in_channels, out_channels, norm_num_groups=4, layers_per_block=1, **small)
+
+
+def test_wrong_size_and_channels(denoiser):
     with pytest.raises(ValueError, match=r"images of shape \(1, 8, 8\) \(channels, height, width\), got \(3, 8, 8\)"):
         denoiser(torch.zeros(1, 3, 8, 8), torch.zeros(1))
-    small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=2, norm_num_groups=4, **small)
-    with pytest.raises(ValueError, match="learned variance"):
-        DiffusersDenoiser(unet, denoiser.schedule)
+    with pytest.raises(ValueError, match="maps 3 channels to 5; it must be to as many, or"):
+        DiffusersDenoiser(small_unet(3, 5), denoiser.schedule)
+
+
+def test_a_learned_variance_is_left_out(schedule):
+    """Against DDIM in diffusers, which is given the half that predicts noise."""
+    unet = small_unet(3, 6)
+    denoiser = DiffusersDenoiser(unet, schedule)
+    x_T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert denoiser(x_T, torch.full((2,), 500.0)).shape == x_T.shape
+    theirs = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    theirs.set_timesteps(4)
+    x = x_T
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            x = theirs.step(unet(x, t).sample[:, :3], t, x).prev_sample
+        ours = GGDMSampler.from_scheduler(theirs, 4)(denoiser, x_T)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
 def test_flat_layout_of_old_hub_models(tmp_path, denoiser):
