@@ -127,6 +127,8 @@ class GGDMSampler(nn.Module):
             "logsnr": (num_steps - 1,),
         }
         self._known: tuple[Tensor, Coefficients] | None = None
+        # In a tuple: what is checked is no part of this module.
+        self._checked: tuple[NoiseSchedule, ...] = ()
         # One step has no gaps and no noise: what has no numbers has no gradient, and is no parameter.
         self.corrections = nn.ParameterDict(
             {
@@ -319,6 +321,28 @@ class GGDMSampler(nn.Module):
         learned = "std" in self.corrections and self.corrections["std"].requires_grad
         return learned or bool((self._constant_coefficients().std != 0).any())
 
+    def check_denoiser(self, denoiser: Network) -> None:
+        """Whether the sampler can be one of this network, as far as a `Denoiser` says what it is.
+
+        Raises:
+            ValueError: it predicts something else, or has another noise schedule, than the sampler was made for.
+        """
+        name, wanted = getattr(denoiser, "name", "denoiser"), self.config["prediction_type"]
+        predicts, schedule = getattr(denoiser, "prediction_type", wanted), getattr(denoiser, "schedule", None)
+        if predicts != wanted:
+            raise ValueError(
+                f"The denoiser '{name}' predicts '{predicts}', the sampler was made for '{wanted}'; give the sampler "
+                "that prediction_type."
+            )
+        if not isinstance(schedule, NoiseSchedule) or any(schedule is known for known in self._checked):
+            return
+        if not self.schedule.matches(schedule):
+            raise ValueError(
+                f"The sampler was made for another noise schedule than that of '{name}'; make it with "
+                "GGDMSampler(denoiser.schedule, ...)."
+            )
+        self._checked = (schedule,)
+
     def forward(
         self,
         denoiser: Network,
@@ -340,14 +364,9 @@ class GGDMSampler(nn.Module):
             x_0, shape (N, C, H, W), not clamped.
 
         Raises:
-            ValueError: the denoiser predicts something else than the sampler was made for, wrong noise or remat.
+            ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; wrong noise or remat.
         """
-        predicts = getattr(denoiser, "prediction_type", self.config["prediction_type"])
-        if predicts != self.config["prediction_type"]:
-            raise ValueError(
-                f"The denoiser predicts '{predicts}', the sampler was made for '{self.config['prediction_type']}'; "
-                "give the sampler the denoiser's prediction_type."
-            )
+        self.check_denoiser(denoiser)
         coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()
         if noise is None and (coefficients.std.detach() != 0).any():
             # One draw a step, as diffusers' pipelines do: the same generator gives the same images there.

@@ -64,16 +64,7 @@ class SamplingModule(LightningModule):
                 f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
                 f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
             )
-        if not denoiser.schedule.matches(sampler.schedule):
-            raise ValueError(
-                f"The sampler was made for another noise schedule than that of '{denoiser.name}'; "
-                "make it with GGDMSampler(denoiser.schedule, ...)."
-            )
-        if denoiser.prediction_type != sampler.config["prediction_type"]:
-            raise ValueError(
-                f"The denoiser '{denoiser.name}' predicts '{denoiser.prediction_type}', the sampler was made for "
-                f"'{sampler.config['prediction_type']}'; give the sampler that prediction_type."
-            )
+        sampler.check_denoiser(denoiser)
 
     def load_sampler(self, pretrained_path: str | Path) -> None:
         """Use a saved sampler instead of the one this module was made with.

@@ -3,10 +3,12 @@ import json
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load, save
 
 from ddss_lightning.coefficients import prediction_pair
 from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
+from ddss_lightning.schedule import NoiseSchedule
 
 
 def move(sampler, scale=0.1):
@@ -186,8 +188,19 @@ def test_samples_without_a_gradient_are_those_of_the_present_numbers(mixture, le
 
 def test_another_prediction_type_is_refused(denoiser):
     sampler = GGDMSampler(denoiser.schedule, 3, prediction_type="sample")
-    with pytest.raises(ValueError, match="The denoiser predicts 'epsilon', the sampler was made for 'sample'"):
+    with pytest.raises(ValueError, match="predicts 'epsilon', the sampler was made for 'sample'"):
         sampler(denoiser, torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "squaredcos_cap_v2"])
+def test_a_model_of_another_schedule_is_refused(denoiser, beta_schedule):
+    """Its images would be noise; a plain function is taken as it is."""
+    sampler = GGDMSampler(NoiseSchedule.from_scheduler(DDPMScheduler(beta_schedule=beta_schedule)), 3)
+    x_T = torch.zeros(1, 1, 8, 8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"another noise schedule than that of '{denoiser.name}'"):
+            sampler(denoiser, x_T)
+    sampler(lambda x, t: denoiser(x, t), x_T)
 
 
 def test_one_step_sampler_works(mixture):
