@@ -556,7 +556,8 @@ def main() -> None:
     args, settings = parse()
     device, folders = args.device, [args.output / name for name in FOLDERS]
     images = Images.load(settings.size, args.cache_dir, device)
-    threads = f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)}, {platform.machine()} CPU"
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else threads
     command = f"python checkpoints/make_glyphs.py --preset {args.preset} --overwrite"
     cards = Cards(settings, command, f"{machine}, torch {torch.__version__}")
