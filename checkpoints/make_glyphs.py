@@ -91,7 +91,7 @@ PRESETS = {
         batch_size=64,
         lr=1e-3,
         ema_decay=0.9995,
-        num_images=500,
+        num_images=2000,
     ),
 }
 

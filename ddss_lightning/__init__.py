@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         FeatureExtractor,
         InceptionFeatures,
         ModuleFeatures,
+        PixelFeatures,
         RandomFeatures,
         ResidualFeatures,
     )
@@ -48,6 +49,7 @@ _ROOMS = {
         "FeatureExtractor",
         "InceptionFeatures",
         "ModuleFeatures",
+        "PixelFeatures",
         "RandomFeatures",
         "ResidualFeatures",
     ),
@@ -97,6 +99,7 @@ __all__ = [
     "MixtureDenoiser",
     "ModuleFeatures",
     "NoiseSchedule",
+    "PixelFeatures",
     "PrecisionRecall",
     "RandomFeatures",
     "ReferenceStatistics",

@@ -56,6 +56,7 @@ class Sweep:
         common: what all runs change.
         validations: how often an Adam run is validated; Gauss-Newton is after each step.
         only: setting -> steps -> seeds that it is run for, where not for all.
+        by_steps: setting -> steps -> what it changes for these besides, such as the solver to start from.
         compare: arguments of `Comparison`: `solvers`, `num_images`, `selection_images`, `judge`.
     """
 
@@ -67,6 +68,7 @@ class Sweep:
     common: dict[str, Any] = field(default_factory=dict)
     validations: int = 8
     only: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    by_steps: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     compare: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -90,8 +92,8 @@ class Sweep:
         """Find what would otherwise be found after hours.
 
         Raises:
-            SystemExit: a number of steps without a budget, `only` of something that is not there, settings that have
-                seeds of their own, two names for one folder, or a comparison that cannot be.
+            SystemExit: a number of steps without a budget, `only` or `by_steps` of something not there, settings that
+                have seeds of their own, two names for one folder, or a comparison that cannot be.
         """
 
         def refuse(problem: str) -> None:
@@ -103,12 +105,14 @@ class Sweep:
                 refuse(
                     f"the setting '{name}' needs another name: without '=' and '/', and not like '{slugs[slug(name)]}'."
                 )
-        for name, by_steps in self.only.items():
-            unknown = [steps for steps in by_steps if steps not in self.steps]
-            if name not in self.settings or unknown:
-                refuse(
-                    f"`only` names '{name if name not in self.settings else unknown[0]}', which is not in the sweep."
-                )
+        for key in ("only", "by_steps"):
+            for name, by_steps in getattr(self, key).items():
+                unknown = [steps for steps in by_steps if steps not in self.steps]
+                if name not in self.settings or unknown:
+                    refuse(
+                        f"`{key}` names '{name if name not in self.settings else unknown[0]}', which is not in the "
+                        "sweep."
+                    )
         for steps in self.steps:
             if steps not in self.calls:
                 refuse(f"`calls` has no budget for {steps} steps.")
@@ -173,6 +177,7 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     changes = merged(
         sweep.common,
         sweep.settings[run.setting],
+        sweep.by_steps.get(run.setting, {}).get(run.steps, {}),
         {
             "sampler": {"init_args": {"num_steps": run.steps}},
             "model": {"seed": run.seed},

@@ -21,11 +21,13 @@ def benchmark(monkeypatch):
     return benchmark
 
 
+ANCHOR = {"sampler": {"init_args": {"anchor": "ddim"}}}
 SWEEP = {
     "base": "recipes/digits_5.yaml",
     "steps": [2, 3],
     "seeds": [0, 1],
     "only": {"first": {3: [0]}, "second": {3: [0]}},
+    "by_steps": {"first": {3: ANCHOR}},
     "calls": {2: 220, 3: 1600},
     "validations": 2,
     "common": {
@@ -63,6 +65,11 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     made = {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
     assert set(made) == {f"{s}/{cell}/run.json" for s in ("first", "second") for cell in ("2-0", "2-1", "3-0")}
     found = json.loads((output / "first" / "2-0" / "run.json").read_text())
+    anchors = {
+        cell: GGDMSampler.from_pretrained(output / "first" / cell / "sampler").config["anchor"]
+        for cell in ("2-0", "3-0")
+    }
+    assert anchors == {"2-0": "dpmpp_2m", "3-0": "ddim"}
     # 8 images x 3 calls and gradients a step are 9 steps in 220 calls, of which every fourth is validated.
     assert (found["optimiser_steps"], found["network_calls"]) == (8, 192)
     assert "| 2 | second | 1 |" in (output / "learning.md").read_text()
@@ -118,6 +125,7 @@ def test_an_interrupted_run_goes_on_and_another_recipe_is_refused(benchmark, mon
     [
         ({"only": {"frist": {2: [0]}}}, "`only` names 'frist'"),
         ({"only": {"first": {7: [0]}}}, "`only` names '7'"),
+        ({"by_steps": {"first": {7: {}}}}, "`by_steps` names '7'"),
         ({"only": {"first": {2: [0]}}}, "at 2 steps the settings have different seeds"),
         ({"settings": {"a b": {}, "a-b": {}}}, "the setting 'a-b' needs another name"),
         ({"settings": {"a=b": {}}}, "the setting 'a=b' needs another name"),

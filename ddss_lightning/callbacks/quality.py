@@ -110,6 +110,9 @@ class SampleQuality(Callback):
     batch that is under way, and with it the process. The best sampler is written whenever it improves, and is the
     module's sampler when fit ends.
 
+    With a `tolerance` it is the last sampler whose score is about the best, which has had the most of what the score
+    does not see: the other terms of the loss.
+
     It logs `val/fid`, `val/kid`, `val/is` (`test/...` in test), and `val/best_<monitor>`. A judge, a second feature
     network, sees the same images; its scores, `val/judge_fid` and so on, select nothing. If any image is not finite,
     on whatever process, all scores are NaN, a warning says how many there are (`num_not_finite`), and the sampler is
@@ -117,6 +120,9 @@ class SampleQuality(Callback):
 
     Args:
         monitor: the score that selects, `fid` or `kid`; lower is better.
+        tolerance: how much worse than the best score so far that of a later sampler may be, as a part of it, for the
+            later one to be kept, such as 0.02, about the noise of the FID of 1000 images; never worse than that of the
+            initial sampler. 0: the best.
         dirpath: where the best sampler goes; default `<log folder>/sampler`.
         overwrite: allow `dirpath` to hold a sampler already.
         precision_recall: log precision, recall, density and coverage too.
@@ -124,8 +130,8 @@ class SampleQuality(Callback):
         fid_only: compute FID and nothing else, to choose among many samplers.
 
     Raises:
-        ValueError: an unknown `monitor`; when a run starts, a folder that holds a sampler already, or a judge that does
-            not fit.
+        ValueError: an unknown `monitor`, a tolerance below 0; when a run starts, a folder that holds a sampler already,
+            or a judge that does not fit.
     """
 
     def __init__(
@@ -136,18 +142,23 @@ class SampleQuality(Callback):
         precision_recall: bool = False,
         judge: FeatureExtractor | None = None,
         fid_only: bool = False,
+        tolerance: float = 0.0,
     ) -> None:
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be a number of at least 0, got {tolerance}.")
         if monitor not in ("fid", "kid"):
             raise ValueError(f"monitor must be 'fid' or 'kid', got '{monitor}'.")
         if fid_only and monitor != "fid":
             raise ValueError(f"fid_only leaves nothing but the FID, but monitor is '{monitor}'; use one or the other.")
-        self.monitor, self.dirpath, self.overwrite = monitor, dirpath, overwrite
+        self.monitor, self.dirpath, self.overwrite, self.tolerance = monitor, dirpath, overwrite, tolerance
         self.precision_recall, self.fid_only = precision_recall, fid_only
         self.judge = None if judge is None else judge.freeze()
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
         self.best_sampler: dict[str, Tensor] = {}
+        # The lowest score so far, which with a tolerance need not be that of the sampler that is kept.
+        self._lowest = math.inf
         self.scores: dict[str, float] = {}
         self.num_images = self.num_not_finite = 0
         # The step whose sampler was scored last, and what makes scores comparable.
@@ -333,12 +344,19 @@ class SampleQuality(Callback):
     def _select(self, trainer: Trainer, module: SamplingModule) -> None:
         self._scored_step = trainer.global_step
         score = self.scores[self.monitor]
-        if not math.isfinite(score) or (self.best and score >= self.best[self.monitor]):
+        if not self._is_kept(score):
             return
+        self._lowest = min(self._lowest, score)
         folder = self.folder(trainer)
         self.best, self.best_step = dict(self.scores), trainer.global_step
         self.best_sampler = copy.deepcopy(module.averaged.state_dict())
         self._write(trainer, module, folder)
+
+    def _is_kept(self, score: float) -> bool:
+        if not math.isfinite(score) or score < self._lowest:
+            return math.isfinite(score)
+        within = score <= self._lowest + self.tolerance * abs(self._lowest)
+        return self.tolerance > 0 and within and score <= self.initial.get(self.monitor, math.inf)
 
     def _write(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
@@ -387,6 +405,7 @@ class SampleQuality(Callback):
             "best_sampler": self.best_sampler,
             "num_images": self.num_images,
             "scored_step": self._scored_step,
+            "lowest": self._lowest,
             "protocol": self._protocol,
         }
 
@@ -396,6 +415,7 @@ class SampleQuality(Callback):
         self.best_step, self.best_sampler = state_dict["best_step"], state_dict["best_sampler"]
         self.num_images = state_dict.get("num_images", 0)
         self._scored_step = state_dict.get("scored_step", self.best_step)
+        self._lowest = state_dict.get("lowest", self.best.get(self.monitor, math.inf))
         self._protocol = state_dict.get("protocol", {})
 
 

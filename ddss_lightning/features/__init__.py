@@ -5,6 +5,7 @@ from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.convnet import ConvFeatures
 from ddss_lightning.features.inception import InceptionFeatures
 from ddss_lightning.features.load import load_any
+from ddss_lightning.features.pixels import PixelFeatures
 from ddss_lightning.features.random import RandomFeatures
 from ddss_lightning.features.residual import ResidualFeatures
 
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureExtractor",
     "InceptionFeatures",
     "ModuleFeatures",
+    "PixelFeatures",
     "RandomFeatures",
     "ResidualFeatures",
     "load_any",

@@ -59,6 +59,42 @@ def test_scores_and_pictures_reach_tensorboard(tmp_path):
     assert torch.equal(saved.corrections["mu"], module.sampler.corrections["mu"])
 
 
+class Scripted(SampleQuality):
+    """Samplers have these scores, whatever they are."""
+
+    def __init__(self, fids, **options):
+        super().__init__(**options)
+        self.fids = list(fids)
+
+    def _compute(self, trainer):
+        self.scores = {"fid": self.fids.pop(0)}
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "fids", "kept"),
+    [
+        (0.0, [10, 8, 8.1, 8.5, 8.05], 1),
+        (0.02, [10, 8, 8.1, 8.5, 8.05], 4),
+        # Of the lowest ever, not of the one that is kept: no drift.
+        (0.02, [10, 8, 8.1, 8.2, 8.3], 2),
+        (0.02, [10, 10.1, 10.2, 10.1, 10.1], 0),
+        (0.02, [10, 9.9, 10.05, math.nan, 12], 1),
+        # A KID may be below zero.
+        (0.1, [3, -1, -0.8, -0.95, 2], 3),
+    ],
+)
+def test_the_last_of_about_the_best_is_kept(tmp_path, tolerance, fids, kept):
+    quality = Scripted(fids, tolerance=tolerance, dirpath=str(tmp_path / "sampler"))
+    trainer(tmp_path, 4, callbacks=[quality], enable_checkpointing=False).fit(make(), data(1))
+    assert (quality.best_step, quality.best["fid"]) == (kept, fids[kept])
+    assert read_card(tmp_path / "sampler")["scores"]["training_step"] == kept
+    # A resumed fit knows the lowest, too.
+    resumed = SampleQuality(tolerance=tolerance)
+    resumed.load_state_dict(quality.state_dict())
+    assert resumed._lowest == min(fid for fid in fids if not math.isnan(fid))
+
+
 def test_what_does_not_learn_has_the_same_scores(tmp_path):
     learner, scores = make(seed=3), []
     for module in (learner, SamplingModule(learner.denoiser, learner.sampler, learner.features, seed=3)):
@@ -110,6 +146,8 @@ def test_existing_sampler_is_not_overwritten(tmp_path):
     runner = trainer(tmp_path, 1, callbacks=[SampleQuality(dirpath=str(tmp_path / "s"))], enable_checkpointing=False)
     with pytest.raises(ValueError, match="already holds a sampler; give another dirpath"):
         runner.fit(module, data())
+    with pytest.raises(ValueError, match=r"tolerance must be a number of at least 0, got -0\.1"):
+        SampleQuality(tolerance=-0.1)
     with pytest.raises(ValueError, match="monitor must be 'fid' or 'kid', got 'is'"):
         SampleQuality("is")
 
