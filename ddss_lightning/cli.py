@@ -46,11 +46,14 @@ def _prediction_type(denoiser: Denoiser) -> str:
 class SaveConfig(SaveConfigCallback):
     """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last.
 
-    That one is written when the checkpoint has been accepted. The recipe of another run is never overwritten.
+    That one is written when the checkpoint has been accepted. The recipe of another run is never overwritten. A run
+    without a logger has no folder of its own, and its recipe is not kept.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the recipe, unless a checkpoint might be refused."""
+        if not trainer.loggers:
+            return
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
@@ -59,7 +62,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the recipe of a run that goes on."""
-        super().setup(trainer, pl_module, "fit")
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
 
 
 class DDSSCommandLine(LightningCLI):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,19 +172,23 @@ def _label_curves(axes: Axes, nfes: Sequence[int], title: str) -> None:
 
 
 def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure:
-    """Grids of images side by side.
+    """Grids of images side by side, at most six in a row.
 
     Args:
-        grids: (title, images of shape (N, C, H, W) in [-1, 1]).
+        grids: (title, images of shape (N, C, H, W) in [-1, 1]); long lines of titles are broken.
         title: of the whole.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(grids), 3.5), layout="constrained")
-    for axes, (name, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
+    rows = -(-len(grids) // 6)
+    columns = -(-len(grids) // rows)
+    figure = Figure(figsize=(3 * columns, 3.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (name, images) in zip(panels, grids, strict=False):
         grid = image_grid(images, columns=8, scale=4).permute(1, 2, 0).numpy()
         axes.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)))
-        axes.set_title(name, fontsize=11)
-        axes.set_axis_off()
+        axes.set_title("\n".join(textwrap.fill(line, 30) for line in name.splitlines()), fontsize=11)
     figure.suptitle(title, fontsize=12)
     return figure

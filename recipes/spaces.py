@@ -1,10 +1,11 @@
-"""Frechet distances of glyph samplers in spaces that no loss has seen: is it the images that get better, or one score?
+"""Frechet distances of glyph samplers in several spaces: is it the images that get better, or one score?
 
     python recipes/spaces.py checkpoints/glyphs-ggdm-5 checkpoints/glyphs-ggdm-20
 
-For each sampler and DPM-Solver++ 2M with as many calls, on the same noise, against the training images: raw pixels; an
-untrained network of another seed than that of the loss; the middle of the model's own U-Net; the judge; and, first, the
-classifier that the loss does see. Then the part of pixel values at the ends of the range.
+For each sampler and the solver that it starts from, on the same noise, against the training images: the classifier and
+the pixels, which the loss sees; an untrained network of another seed than that of the loss; the middle of the model's
+own U-Net; the judge. Then what anyone can see: the part of pixel values at the ends of the range, contrast (standard
+deviation of an image's values, mean over images) and edges (mean absolute difference of neighbours).
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def main() -> None:
         base_model = read_card(folder)["base_model"]
         if base_model.get("fingerprint") != denoiser.fingerprint():
             parser.error(f"the sampler in '{folder}' was learned for '{base_model.get('name')}', not for the glyphs.")
-        samplers[f"DPM-Solver++ 2M, {learned.num_steps} calls"] = GGDMSampler(
-            denoiser.schedule, learned.num_steps, anchor="dpmpp_2m", stride="quadratic"
-        )
+        start = GGDMSampler(denoiser.schedule, **{**learned.config, "learn": ()})
+        anchor = start.config["anchor"]
+        name = anchor["class_path"].rpartition(".")[2] if isinstance(anchor, dict) else anchor
+        samplers[f"{name}, {learned.num_steps} calls, start of {folder}"] = start
         samplers[f"{folder}, {learned.num_steps} calls"] = learned
     sets = {name: generate(denoiser, sampler, given.num_images, name) for name, sampler in samplers.items()}
     everything = load_glyphs("train", size).pixels
@@ -91,13 +93,15 @@ def main() -> None:
     real = images[: given.num_real]
     # Others than those that are compared with.
     sets = {"real images": images[given.num_real :], **sets}
-    print(f"| {given.num_images} images | {' | '.join(spaces)} | saturated |")
-    print("|---" * (len(spaces) + 2) + "|")
+    print(f"| {given.num_images} images | {' | '.join(spaces)} | saturated | contrast | edges |")
+    print("|---" * (len(spaces) + 4) + "|")
     reference = {name: moments(encode, real) for name, encode in spaces.items()}
     for name, images in sets.items():
         found = [float(frechet_distance(*moments(encode, images), *reference[key])) for key, encode in spaces.items()]
-        saturated = float((images.abs() > 0.98).float().mean())
-        print(f"| {name} | {' | '.join(f'{value:.4g}' for value in found)} | {100 * saturated:.1f} % |")
+        saturated, contrast = (images.abs() > 0.98).float().mean(), images.flatten(1).std(1).mean()
+        edges = (images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()) / 2
+        cells = [f"{value:.4g}" for value in found] + [f"{100 * saturated:.1f} %", f"{contrast:.3f}", f"{edges:.3f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,15 @@ def quick(command, tmp_path, *flags):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_runs(recipe, tmp_path):
+    files = [recipe.with_name("glyphs.yaml"), recipe] if recipe.stem == "glyphs_10" else [recipe]
+    text = "".join(file.read_text() for file in files)
     flags = ["--trainer.fast_dev_run=true", "--model.batch_size=4", "--data.eval_batch_size=8"]
-    if "gauss_newton" in recipe.read_text():
+    if "gauss_newton" in text:
         few = [f"--model.gauss_newton.{name}_images=8" for name in ("residual", "trial")]
         flags += [*few, "--sampler.learn=[time]"]
-    if "Glyphs" in recipe.read_text():
+    if "Glyphs" in text:
         flags += ["--data.num_images=100", f"--data.cache_dir={tmp_path}"]
-    main(["fit", "-c", str(recipe), *flags, f"--trainer.logger.save_dir={tmp_path}"])
+    main(["fit", *(f"-c={file}" for file in files), *flags, f"--trainer.logger.save_dir={tmp_path}"])
 
 
 LOSSES = {
@@ -66,6 +68,14 @@ def test_every_loss_by_the_command_line(tmp_path, name):
     (saved,) = tmp_path.rglob("config.yaml")
     weights = yaml.safe_load(saved.read_text())["loss"]["init_args"].get("weights")
     assert weights == ({"kid": 0.5, "x": 2.0} if name == "loss" else None)
+
+
+def test_without_a_logger_nothing_is_left_behind(tmp_path):
+    """A second run found the recipe of the first in the working folder, and refused to go on."""
+    flags = [*QUICK, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    for _ in range(2):
+        main(["test", "-c", RECIPE, *flags])
+    assert not list(tmp_path.iterdir())
 
 
 def test_fit_resume_validate_test_predict(tmp_path, caplog):

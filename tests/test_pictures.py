@@ -1,0 +1,25 @@
+from itertools import pairwise
+
+import torch
+
+from ddss_lightning.pictures import comparison_figure
+
+
+def test_grids_are_at_most_six_in_a_row_and_titles_do_not_overlap():
+    images = torch.zeros(4, 3, 8, 8)
+    names = ["UniPC 3\nFID 150.68", "coefficients and times, teacher, from UniPC leading\nFID 144.55"]
+    figure = comparison_figure([(name, images) for name in (names * 4)[:7]], "title")
+    figure.draw_without_rendering()
+    panels = figure.axes
+    assert len(panels) == 8
+    assert min(axes.get_position().y0 for axes in panels[:4]) > max(axes.get_position().y1 for axes in panels[4:])
+    assert [bool(axes.images) for axes in panels] == [True] * 7 + [False]
+    boxes = [axes.title.get_window_extent() for axes in panels[:4]]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert panels[1].get_title().endswith("\nFID 144.55")
+
+
+def test_few_grids_lie_in_one_row():
+    figure = comparison_figure([("a", torch.zeros(1, 1, 8, 8))] * 3, "title")
+    assert len(figure.axes) == 3
+    assert tuple(figure.get_size_inches()) == (9, 3.5)
