@@ -355,8 +355,8 @@ class SampleQuality(Callback):
     def _is_kept(self, score: float) -> bool:
         if not math.isfinite(score) or score < self._lowest:
             return math.isfinite(score)
-        within = score <= self._lowest + self.tolerance * abs(self._lowest)
-        return self.tolerance > 0 and within and score <= self.initial.get(self.monitor, math.inf)
+        limit = min(self._lowest + self.tolerance * abs(self._lowest), self.initial.get(self.monitor, math.inf))
+        return self.tolerance > 0 and score <= limit
 
     def _write(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
