@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
     from ddss_lightning.features import (
         ConvFeatures,
+        DenoiserFeatures,
         FeatureExtractor,
         InceptionFeatures,
         ModuleFeatures,
@@ -46,6 +47,7 @@ _ROOMS = {
     "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
     "features": (
         "ConvFeatures",
+        "DenoiserFeatures",
         "FeatureExtractor",
         "InceptionFeatures",
         "ModuleFeatures",
@@ -77,6 +79,7 @@ __all__ = [
     "ConvFeatures",
     "DDSSModule",
     "Denoiser",
+    "DenoiserFeatures",
     "DiffusersDenoiser",
     "DigitsDataModule",
     "FeatureExtractor",

@@ -55,7 +55,7 @@ class FormulaAnchor(nn.Module):
         logsnrs = self.logsnrs(log_factors)
         mu, nu, std = anchor_formula(self.solver, self.schedule, logsnrs, self.angles_0 + angles)
         alpha, sigma = self.schedule.scales(logsnrs)
-        pred = prediction_pair(self.prediction_type, alpha, sigma)
+        pred = prediction_pair(self.prediction_type, alpha, sigma, self.schedule.sigma_data)
         timesteps = self._timesteps(logsnrs, offsets)
         return Coefficients(mu, nu, std, pred, timesteps, prior=torch.stack([alpha[0], sigma[0]]))
 

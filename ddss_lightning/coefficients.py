@@ -111,7 +111,7 @@ class Coefficients:
         """All numbers as nested lists, exact: for JSON."""
         return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
 
-    def with_marginal_pair(self, prediction_type: PredictionType) -> Coefficients:
+    def with_marginal_pair(self, prediction_type: PredictionType, sigma_data: float = 1.0) -> Coefficients:
         """The same sampler with the pair of Theorem 1: `prediction_pair` at each state's marginal (a_k, v_k^(1/2)).
 
         The weights of x_k and of the output in each update stay; mu_kk and nu_k are split anew. Not differentiable.
@@ -124,7 +124,7 @@ class Coefficients:
         marginal = weights.new_zeros(self.num_steps + 1, self.num_steps + 2)
         marginal[0, :2] = current.prior
         for k in range(self.num_steps):
-            pred[k] = prediction_pair(prediction_type, marginal[k, 0], marginal[k, 1:].norm())
+            pred[k] = prediction_pair(prediction_type, marginal[k, 0], marginal[k, 1:].norm(), sigma_data)
             nu[k] = output_weight[k] / pred[k, 1]
             mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
             marginal[k + 1] = mu[k] @ marginal[:-1]
@@ -215,7 +215,7 @@ def marginals(mu: Tensor, nu: Tensor, std: Tensor, prior: Tensor) -> tuple[Tenso
     return solution[:, 0], torch.linalg.vector_norm(solution[:, 1:], dim=1)
 
 
-def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
+def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
     r"""The pair p with x0_hat = p_0 x + p_1 output, for x = alpha x_0 + sigma eps.
 
     - `epsilon`: (1, -sigma) / alpha;
@@ -223,12 +223,19 @@ def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tenso
     - `v_prediction`: (alpha, -sigma) / (alpha^2 + sigma^2), from v = alpha eps - sigma x_0 (Salimans and Ho 2022,
       https://arxiv.org/abs/2202.00512, appendix D);
     - `flow_prediction`: (1, -sigma) / (alpha + sigma), from v = eps - x_0;
-    - `edm_epsilon`, `edm_v_prediction`: (s alpha, +-s^(1/2) sigma) with s = sigma_data^2 = (1 - sigma^2) / alpha^2,
-      c_skip and c_out of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, table 1) for the scaled input
-      c_in (x_0 + sigma_edm eps), for which alpha = c_in and sigma = c_in sigma_edm.
+    - `edm_epsilon`, `edm_v_prediction`: (s alpha / w^2, +-s^(1/2) sigma / w) with s = sigma_data^2 and
+      w^2 = sigma^2 + s alpha^2, c_skip and c_out of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, table 1) for
+      the scaled input c_in (x_0 + sigma_edm eps), for which alpha = c_in, sigma = c_in sigma_edm and w = 1; of a state
+      at another scale (learned, say) w is that scale.
+
+    Args:
+        prediction_type: what the network predicts.
+        alpha: shape (...).
+        sigma: shape (...).
+        sigma_data: of the schedule, see `NoiseSchedule`; the EDM types alone depend on it.
 
     Returns:
-        Shape (..., 2) for alpha, sigma of shape (...).
+        Shape (..., 2).
 
     Raises:
         ValueError: an unknown prediction type.
@@ -243,8 +250,8 @@ def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tenso
         return torch.stack([torch.ones_like(alpha), -sigma], -1) / (alpha + sigma)[..., None]
     if prediction_type in ("edm_epsilon", "edm_v_prediction"):
         sign = 1 if prediction_type == "edm_epsilon" else -1
-        sigma_data = (1 - sigma.square()).sqrt() / alpha
-        return torch.stack([sigma_data.square() * alpha, sign * sigma_data * sigma], -1)
+        variance = sigma.square() + sigma_data**2 * alpha.square()
+        return torch.stack([sigma_data**2 * alpha / variance, sign * sigma_data * sigma / variance.sqrt()], -1)
     raise ValueError(
         f"Unknown prediction_type '{prediction_type}'; choose one of {', '.join(get_args(PredictionType))}."
     )

@@ -33,11 +33,13 @@ class Frozen(nn.Module):
         """Sixteen hexadecimal digits of the SHA-256 of all parameters and buffers, names and shapes included.
 
         Two modules have the same fingerprint if and only if (up to hash collisions) they hold the same numbers
-        under the same names. It identifies the frozen network that a sampler or a checkpoint belongs to.
+        under the same names. It identifies the frozen network that a sampler or a checkpoint belongs to. Numbers in
+        float64 count as those in float32 that they are rounded to: a Trainer of precision 64-true casts the network.
         """
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             if isinstance(value, Tensor):
+                value = value.float() if value.dtype == torch.float64 else value
                 digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -163,7 +163,8 @@ class GGDMSampler(nn.Module):
         config["anchor"] = {**_plain(anchor), "coefficients": coefficients.to_lists()}
         if config["parametrization"] == "ggdm" and "pred" not in config["learn"]:
             # There the pair follows from Theorem 1: the same sampler, written with that pair.
-            coefficients = coefficients.with_marginal_pair(config["prediction_type"]).validate()
+            coefficients = coefficients.with_marginal_pair(config["prediction_type"], self.schedule.sigma_data)
+            coefficients.validate()
         return ImportedAnchor(coefficients, self.schedule)
 
     @classmethod
@@ -299,7 +300,7 @@ class GGDMSampler(nn.Module):
             std = torch.nn.functional.pad(torch.where(free >= 0, free, -free), (0, 1))
         if not anchored and "pred" not in self.corrections:
             a, marginal_std = marginals(mu, nu, std, start.prior)
-            pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1])
+            pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1], self.schedule.sigma_data)
         pred = pred + self._correction("pred")
         return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
@@ -178,6 +179,7 @@ class DDSSModule(SamplingModule):
                 "with running moments needs gather_features=True."
             )
         self._targets = self._load_teacher() if self.needs_teacher else None
+        self._renew_rates()
 
     @property
     def uses_real_batches(self) -> bool:
@@ -243,19 +245,13 @@ class DDSSModule(SamplingModule):
         def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
             return self._loss_and_slopes(outputs, batch, target)
 
-        if self.microbatch_size is None and not x_T.requires_grad:
-            outputs = part(slice(None))
-            loss, slopes = loss_and_slopes([output.detach() for output in outputs])
-            weighted = list(zip(outputs, slopes, strict=True))
-        else:
-            size = self.microbatch_size or self.batch_size
-            parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
-            learned = list(self.sampler.parameters())
-            leaves = [*learned, x_T] if x_T.requires_grad else learned
-            loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
-            self._plan_start_noise(*gradients[len(learned) :])
-            weighted = list(zip(learned, gradients[: len(learned)], strict=True))
-        linear = torch.stack([(value * slope.to(value)).sum() for value, slope in weighted]).sum()
+        size = self.microbatch_size or self.batch_size
+        parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
+        learned = list(self.sampler.parameters())
+        leaves = [*learned, x_T] if x_T.requires_grad else learned
+        loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
+        self._plan_start_noise(*gradients[len(learned) :])
+        linear = torch.stack([(v * gradient).sum() for v, gradient in zip(learned, gradients, strict=False)]).sum()
         # A mean over own images differs between processes.
         self.log(f"train/{self.loss.name}", loss, prog_bar=True, sync_dist=True)
         for name, value in self.loss.terms.items():
@@ -478,11 +474,7 @@ class DDSSModule(SamplingModule):
             for times, lr, label in ((True, self.time_lr, "times"), (False, self.lr, "corrections"))
         ]
         groups = [group for group in groups if group["params"]]
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "accumulate_grad_batches must be 1: the KID of a large batch is not the mean over small ones; "
-                "raise model.batch_size, with remat='denoiser' if memory is short."
-            )
+        self._check_accumulation()
         if not groups:
             raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
         if self.gauss_newton is not None:
@@ -497,6 +489,32 @@ class DDSSModule(SamplingModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_accumulation(self) -> None:
+        """The gradient of a step is that of one batch, whose noise is a function of the step.
+
+        Raises:
+            ValueError: a Trainer that accumulates gradients, now or in a later epoch.
+        """
+        numbers = {self.trainer.accumulate_grad_batches}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                numbers |= set(callback.scheduling.values())
+        if numbers != {1}:
+            raise ValueError(
+                "accumulate_grad_batches must be 1: the KID of a large batch is not the mean over small ones; raise "
+                "model.batch_size, with model.microbatch_size if memory is short."
+            )
+
+    def _renew_rates(self) -> None:
+        """A checkpoint brings back the learning rates of its fit; those of this module hold."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [self.time_lr if group["name"] == "times" else self.lr for group in groups]
+            for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                rates = {"initial_lr": rate, "lr": rate * factor(schedule.last_epoch), "betas": self.betas}
+                group.update(rates)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

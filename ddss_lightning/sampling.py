@@ -85,8 +85,13 @@ class SamplingModule(LightningModule):
         """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
 
         Raises:
-            ValueError: a precision other than 32-true, bf16-mixed and 64-true.
+            ValueError: a precision other than 32-true, bf16-mixed and 64-true; a device without float64.
         """
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(
+                "The Trainer's device is 'mps', which has no float64, and a sampler's numbers are float64; use "
+                "accelerator='cpu'."
+            )
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"The Trainer's precision is '{self.trainer.precision}', in which a sampler cannot be learned; use "

@@ -65,6 +65,7 @@ class NoiseSchedule(nn.Module):
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - diffusers has no common base for this
         r"""Read the schedule of a diffusers scheduler.
 
+        - `GGDMScheduler` (`logsnrs`): what it holds;
         - flow matching (`shift` without betas, `use_flow_sigmas`, or `flow_prediction`): t / num_train_timesteps =
           sigma = 1 - alpha;
         - `alphas_cumprod` (DDPM and everything made for such models): alpha^2 = `alphas_cumprod`; a last one of 0
@@ -75,6 +76,10 @@ class NoiseSchedule(nn.Module):
             ValueError: none of these, or `alphas_cumprod` that do not decrease between 1 and 0.
         """
         config = dict(getattr(scheduler, "config", {}))
+        if config.get("logsnrs"):
+            table = (config["logsnrs"], config.get("schedule_timesteps") or range(len(config["logsnrs"])))
+            logsnrs, timesteps = (torch.tensor(list(values), dtype=torch.float64) for values in table)
+            return cls(logsnrs, timesteps, config["scaling"], config["sigma_data"])
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
         if is_flow or (alphas_cumprod is None and "shift" in config and "num_train_timesteps" in config):
@@ -164,6 +169,8 @@ def scheduler_prediction_type(scheduler: Any) -> str:  # noqa: ANN401 - diffuser
     predicts = config.get("prediction_type")
     if predicts is None and "shift" in config:
         return "flow_prediction"
+    if config.get("logsnrs"):
+        return str(predicts)
     if predicts is not None and "sigma_data" in config and not hasattr(scheduler, "alphas_cumprod"):
         return f"edm_{predicts}"
     return predicts or "epsilon"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SAMPLER_CARD, SAMPLER_WEIGHTS, FORMAT_VERSION = "sampler.json", "sampler.safetensors", 1
+# Of the coefficients of a `GGDMSampler`, those that sampling needs.
+NUMBERS = ("mu", "nu", "std", "pred", "timesteps", "init_noise_sigma")
 # Half-precision pipelines cast between steps; what differs by more than this share was changed on purpose.
 CHANGED_SAMPLE_TOLERANCE = 1e-2
 # Given explicitly wherever a scheduler is made: diffusers does not pass defaults on when it converts schedulers.
@@ -142,20 +145,42 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sampler: it is not changed.
             base_model: name of the model that it was learned for.
         """
-        coefficients = sampler.coefficients().detach()
-        names = ("mu", "nu", "std", "pred", "timesteps", "init_noise_sigma")
-        schedule = sampler.schedule
+        coefficients, schedule = sampler.coefficients().detach(), sampler.schedule
+        return cls._of(
+            {name: getattr(coefficients, name) for name in NUMBERS},
+            schedule.table,
+            schedule.grid,
+            schedule.scaling,
+            schedule.sigma_data,
+            sampler.config["prediction_type"],
+            base_model,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        numbers: Mapping[str, Tensor],
+        logsnrs: Tensor,
+        timesteps: Tensor,
+        scaling: str,
+        sigma_data: float,
+        prediction_type: str,
+        base_model: str | None,
+    ) -> GGDMScheduler:
+        """Of coefficients and a noise schedule."""
+        is_flow, counted = scaling == "flow", timesteps.tolist() == list(range(len(timesteps)))
         scheduler: GGDMScheduler = cls(
-            **{name: getattr(coefficients, name).tolist() for name in names},
-            prediction_type=sampler.config["prediction_type"],
-            logsnrs=schedule.table.tolist(),
-            schedule_timesteps=_none_if_counted(schedule.grid.tolist()),
-            scaling=schedule.scaling,
-            sigma_data=schedule.sigma_data,
-            num_train_timesteps=_num_train_timesteps(schedule.grid.tolist(), schedule.scaling),
+            **{name: value.tolist() for name, value in numbers.items()},
+            prediction_type=prediction_type,
+            logsnrs=logsnrs.tolist(),
+            schedule_timesteps=None if counted else timesteps.tolist(),
+            scaling=scaling,
+            sigma_data=sigma_data,
+            # As diffusers counts them: t = 0, ..., T - 1 of a discrete schedule, t = 1, ..., T of a flow.
+            num_train_timesteps=len(timesteps) - is_flow,
             base_model=base_model,
             beta_schedule=NOT_BETAS,
-            use_flow_sigmas=schedule.scaling == "flow",
+            use_flow_sigmas=is_flow,
         )
         return scheduler
 
@@ -185,28 +210,20 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             card = json.loads((folder / SAMPLER_CARD).read_text())
             if card["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format version is {card['format_version']}, this file reads {FORMAT_VERSION}")
-            numbers = {
-                name: tensors[f"coefficients.{name}"].tolist() for name in ("mu", "nu", "std", "pred", "timesteps")
-            }
-            logsnrs = tensors["schedule.logsnrs"].tolist()
-            scaling = card["schedule"].get("scaling", "vp")
-            timesteps = tensors.get("schedule.timesteps", torch.arange(len(logsnrs)).double()).tolist()
-            scheduler: GGDMScheduler = cls(
-                **numbers,
-                init_noise_sigma=float(tensors.get("coefficients.init_noise_sigma", torch.ones(()))),
-                prediction_type=card["config"]["prediction_type"],
-                logsnrs=logsnrs,
-                schedule_timesteps=_none_if_counted(timesteps),
-                scaling=scaling,
-                sigma_data=card["schedule"].get("sigma_data", 1.0),
-                num_train_timesteps=_num_train_timesteps(timesteps, scaling),
-                base_model=card["base_model"].get("name"),
-                beta_schedule=NOT_BETAS,
-                use_flow_sigmas=scaling == "flow",
+            numbers = {name: tensors[f"coefficients.{name}"] for name in NUMBERS if name != "init_noise_sigma"}
+            numbers["init_noise_sigma"] = tensors.get("coefficients.init_noise_sigma", torch.ones(()))
+            logsnrs = tensors["schedule.logsnrs"]
+            return cls._of(
+                numbers,
+                logsnrs,
+                tensors.get("schedule.timesteps", torch.arange(len(logsnrs)).double()),
+                card["schedule"].get("scaling", "vp"),
+                card["schedule"].get("sigma_data", 1.0),
+                card["config"]["prediction_type"],
+                card["base_model"].get("name"),
             )
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged, or of another version: {error}") from error
-        return scheduler
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -322,14 +339,15 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return value.to(device=sample.device, dtype=dtype)
 
         output = model_output.to(dtype)
-        states = torch.stack([state.to(dtype) for state in self._states])
-        x_next = torch.tensordot(weights(self._state_weights[k, : k + 1]), states, 1)
-        x_next = x_next + weights(self._output_weights[k]) * output
+        # Term by term: autocast and TF32 would round a product of matrices.
+        x_next = weights(self._output_weights[k]) * output
+        for weight, state in zip(weights(self._state_weights[k]), self._states, strict=False):
+            x_next = x_next + weight * state.to(dtype)
         if k < self.num_steps - 1 and self._std.any():
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype)
             x_next = x_next + weights(self._std[k]) * variance_noise.to(dtype)
-        x_0 = weights(self._pred[k, 0]) * states[-1] + weights(self._pred[k, 1]) * output
+        x_0 = weights(self._pred[k, 0]) * self._states[-1].to(dtype) + weights(self._pred[k, 1]) * output
         x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
         self._last = x_next
         return GGDMSchedulerOutput(x_next, x_0) if return_dict else (x_next, x_0)
@@ -402,12 +420,3 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         shape = (-1, *[1] * (original_samples.ndim - 1))
         alpha, sigma = (value.to(original_samples).reshape(shape) for value in (alpha, sigma))
         return alpha * original_samples + sigma * noise
-
-
-def _num_train_timesteps(timesteps: list[float], scaling: str) -> int:
-    """As diffusers counts them: t = 0, ..., T - 1 of a discrete schedule, t = 1, ..., T of a flow."""
-    return len(timesteps) - (scaling == "flow")
-
-
-def _none_if_counted(timesteps: list[float]) -> list[float] | None:
-    return None if timesteps == list(range(len(timesteps))) else timesteps

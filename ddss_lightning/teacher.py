@@ -19,9 +19,10 @@ from ddss_lightning.files import default_cache_dir, replacing
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels, to_uint8
 from ddss_lightning.noise import generator_for, held_out_noise
+from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.solvers import Solver, Stride
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,24 @@ class TeacherPairs:
         """
         if getattr(denoiser, "labels", None) is not None:
             raise ValueError("Teacher pairs are of one distribution: use the denoiser without `with_labels`.")
-        numbers = vars(self.sampler(denoiser).coefficients()).items()
         settings = denoiser.settings()
         identity = denoiser.fingerprint()
         if settings:
-            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-            identity = f"{identity}-{digest[:16]}"
-        # Machines differ in the last digits.
-        coefficients = json.dumps({name: value.mul(1e8).round().long().tolist() for name, value in numbers})
+            identity = f"{identity}-{_digest(settings)}"
         return {
             "format": str(FORMAT_VERSION),
             "denoiser": identity,
-            "teacher": hashlib.sha256(coefficients.encode()).hexdigest()[:16],
+            "teacher": _digest([self._recipe(denoiser), _outline(denoiser.schedule)]),
             "seed": str(self.seed),
         }
+
+    def _recipe(self, denoiser: Denoiser) -> dict[str, Any]:
+        """What the coefficients follow from: they themselves differ in the last digits between machines."""
+        config = dict(self.sampler(denoiser).config)
+        anchor = config["anchor"]
+        if isinstance(anchor, dict) and "class_path" in anchor:
+            config["anchor"] = {name: value for name, value in anchor.items() if name != "coefficients"}
+        return config
 
     def folder(self, denoiser: Denoiser) -> Path:
         """Where the images lie."""
@@ -249,3 +254,14 @@ class TeacherImages:
         size = len(self.chunks[0])
         found = torch.stack([self.chunks[index // size][index % size] for index in indices])
         return found.float() / 127.5 - 1
+
+
+def _digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON holds
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _outline(schedule: NoiseSchedule) -> list[Any]:
+    """What tells schedules apart, the same on every processor: few numbers, so that none is near a tie of rounding."""
+    times = torch.linspace(float(schedule.grid[0]), float(schedule.grid[-1]), 5).to(schedule.grid)
+    logsnrs = schedule.logsnr(times).tolist()
+    return [len(schedule.grid), schedule.scaling, schedule.sigma_data, [round(value, 2) for value in logsnrs]]

@@ -30,3 +30,9 @@ def test_fingerprint_is_of_the_numbers():
     with torch.no_grad():
         changed.layer.bias[0] += 1e-7
     assert changed.fingerprint() != Small(0).fingerprint()
+
+
+def test_a_network_in_float64_is_the_same_network():
+    """A Trainer of precision 64-true casts it, after a checkpoint was looked at and before the next is written."""
+    assert Small(0).double().fingerprint() == Small(0).fingerprint()
+    assert Small(0).half().fingerprint() != Small(0).fingerprint()

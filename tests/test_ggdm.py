@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from safetensors.torch import load, save
 
 from ddss_lightning.coefficients import prediction_pair
@@ -228,3 +228,28 @@ def test_one_step_has_no_noise_and_no_gaps_to_learn(tmp_path, mixture):
         assert again.config == sampler.config
         for name, value in vars(again.coefficients()).items():
             assert torch.equal(value, getattr(sampler.coefficients(), name)), name
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1.3])
+def test_the_pair_of_karras_at_any_scale(kind, scale):
+    """x_0 = c_skip x + c_out F(c_in x) for x = x_0 + sigma eps, where the state is c_in x times any scale."""
+    x_0, eps, sigma, data = (torch.tensor([v], dtype=torch.float64) for v in (0.3, -1.1, 2.0, 0.5))
+    c_in = (sigma**2 + data**2).rsqrt()
+    c_skip, c_out = data**2 * c_in**2, sigma * data * c_in * (1 if kind == "epsilon" else -1)
+    x = x_0 + sigma * eps
+    pair = prediction_pair(f"edm_{kind}", scale * c_in, scale * c_in * sigma, sigma_data=0.5)[0]
+    torch.testing.assert_close(pair[0] * scale * c_in * x + pair[1] * (x_0 - c_skip * x) / c_out, x_0)
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+def test_a_free_sampler_of_an_edm_model_bears_a_step(num_steps):
+    """Its first states have a signal of a hundredth: a pair from 1 - sigma^2 would be the root of a negative number."""
+    schedule = NoiseSchedule.from_scheduler(EDMEulerScheduler())
+    sampler = GGDMSampler(
+        schedule, num_steps, anchor="ddim", stride="logsnr", parametrization="ggdm", prediction_type="edm_epsilon"
+    )
+    start = sampler.coefficients().pred
+    sampler.corrections["mu"].data += 6e-3
+    pred = sampler.coefficients().validate().pred
+    torch.testing.assert_close(pred[:2], start[:2], rtol=0.5, atol=0)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from safetensors.torch import save_file
 
 from ddss_lightning import (
@@ -587,3 +587,29 @@ def test_what_is_not_looked_at_is_not_made(tmp_path, monkeypatch):
     sampler = make(sampler=quiet).sampler
     with torch.no_grad():
         assert torch.equal(sampler(module.denoiser, x_T), sampler(module.denoiser, x_T, noise=noise))
+
+
+def test_learning_rates_of_a_resumed_fit_are_the_module_s(tmp_path):
+    """Lower ones are the remedy for a fit that diverged; a checkpoint holds the old ones."""
+    trainer(tmp_path, 1).fit(make(lr=1e-2, time_lr=1e-2), data())
+    module, runner = make(lr=1e-4, time_lr=1e-3, betas=(0.8, 0.9)), trainer(tmp_path, 2)
+    runner.fit(module, data(), ckpt_path=str(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt"))
+    (optimizer,), (schedule,) = runner.optimizers, (each.scheduler for each in runner.lr_scheduler_configs)
+    for group, rate in zip(optimizer.param_groups, (1e-3, 1e-4), strict=True):
+        assert group["betas"] == (0.8, 0.9)
+        assert group["lr"] == pytest.approx(rate * schedule.lr_lambdas[0](4))
+
+
+def test_gradients_that_are_accumulated_later_are_refused(tmp_path):
+    later = GradientAccumulationScheduler({0: 1, 4: 2})
+    runner = trainer(tmp_path, 1, enable_checkpointing=False, callbacks=[later])
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1"):
+        runner.fit(make(), data())
+
+
+def test_a_device_without_float64_is_refused_with_the_remedy():
+    module = make()
+    strategy = SimpleNamespace(root_device=torch.device("mps"))
+    module._trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    with pytest.raises(ValueError, match=r"'mps', which has no float64.* use accelerator='cpu'"):
+        module.setup("fit")

@@ -18,8 +18,8 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 def trainer(tmp_path, **options):
     return Trainer(
-        max_steps=1, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options,
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **{"max_steps": 1, **options},
     )  # fmt: skip
 
 
@@ -100,3 +100,13 @@ def test_convolutions_of_scores_and_of_gauss_newton_are_not_rounded(tmp_path):
     seen["network"].clear()
     trainer(tmp_path, callbacks=[SampleQuality()]).validate(module, datamodule=data())
     assert seen == {"network": {"tf32"}, "features": {"ieee"}}
+
+
+def test_a_fit_in_float64_can_be_resumed(tmp_path):
+    """The network is cast after its checkpoint was looked at: it is the same network."""
+    runner = trainer(tmp_path, precision="64-true", max_steps=1)
+    runner.fit(make(), data())
+    runner.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = trainer(tmp_path, precision="64-true", max_steps=2)
+    resumed.fit(make(), data(), ckpt_path=str(tmp_path / "one.ckpt"))
+    assert resumed.global_step == 2

@@ -528,3 +528,18 @@ def test_bad_numbers():
     with pytest.raises(ValueError, match="has no `logsnrs`"):
         GGDMScheduler(**good).add_noise(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     assert Coefficients.from_lists({**good, "prior": [0.0, 1.0]}).num_steps == 1
+
+
+def test_autocast_does_not_round_the_states(sampler):
+    """As the unrolled chain: half precision is the network's, which here is given."""
+    outputs = [torch.randn(3, 1, 8, 8) for _ in range(sampler.num_steps)]
+    images = []
+    for enabled in (False, True):
+        scheduler = GGDMScheduler.from_sampler(sampler)
+        x = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(0))
+        generator = torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for t, output in zip(scheduler.timesteps, outputs, strict=True):
+                x = scheduler.step(output, t, x, generator=generator).prev_sample
+        images.append(x)
+    assert torch.equal(*images)

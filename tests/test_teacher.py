@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddss_lightning import GGDMSampler, TeacherPairs
+from ddss_lightning import GGDMSampler, NoiseSchedule, TeacherPairs
 from ddss_lightning.denoisers import MixtureDenoiser
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
@@ -142,3 +142,15 @@ def test_bad_arguments(mixture):
     noisy = {"class_path": "diffusers.DDPMScheduler", "init_args": {"clip_sample": False}}
     with pytest.raises(ValueError, match="must be deterministic, but this anchor adds noise"):
         TeacherPairs(num_steps=5, anchor=noisy).sampler(mixture)
+
+
+def test_images_are_found_again_on_another_processor(pairs, mixture, schedule):
+    """Where diffusers computes `alphas_cumprod` with another last digit; another schedule has other images."""
+    alphas_cumprod = schedule.table.mul(2).sigmoid()
+    other = torch.where(torch.rand(len(schedule.table)) < 0.5, 1.0, 1 + 2**-23) * alphas_cumprod
+    heun = TeacherPairs(num_steps=9, anchor={"class_path": "diffusers.HeunDiscreteScheduler"})
+    for each in (pairs, heun):
+        near, far = (MixtureDenoiser(mixture.means, mixture.std, NoiseSchedule(table)) for table in (
+            other.logit() / 2, schedule.table * 1.01,
+        ))  # fmt: skip
+        assert each.folder(near) == each.folder(mixture) != each.folder(far)

@@ -271,9 +271,30 @@ def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.M
     # Loading in one go needs no further package (accelerate) and no warning of its absence.
     unet: nn.Module = diffusers.UNet2DModel.from_pretrained(path, low_cpu_mem_usage=False, **where)
     scheduler_config, where = config_of("scheduler", diffusers.DDPMScheduler)
-    # `GaussianDDPMScheduler` is what the oldest models call DDPMScheduler.
-    scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.DDPMScheduler)
+    scheduler_class = _scheduler_class(scheduler_config.get("_class_name", "DDPMScheduler"))
     return unet, scheduler_class.from_pretrained(path, **where), _load_decoder(path, kwargs)
+
+
+def _scheduler_class(name: str) -> Any:  # noqa: ANN401 - diffusers has no common base for this
+    """A scheduler's class by its name.
+
+    Raises:
+        ValueError: it is none of diffusers': which noise schedule the network was trained with is not known then.
+    """
+    import diffusers
+
+    if name == "GGDMScheduler":
+        from ddss_lightning.scheduler import GGDMScheduler
+
+        return GGDMScheduler
+    # What the oldest models call DDPMScheduler.
+    found = getattr(diffusers, name.replace("GaussianDDPM", "DDPM"), None)
+    if found is None:
+        raise ValueError(
+            f"its scheduler is a {name}, which diffusers does not have, so that its noise schedule is not known; put "
+            "the configuration of one with the same betas there, such as a DDPMScheduler with `trained_betas`"
+        )
+    return found
 
 
 def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:

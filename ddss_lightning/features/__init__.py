@@ -3,6 +3,7 @@
 from ddss_lightning.features.adapter import ModuleFeatures
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.convnet import ConvFeatures
+from ddss_lightning.features.denoiser import DenoiserFeatures
 from ddss_lightning.features.inception import InceptionFeatures
 from ddss_lightning.features.load import load_any
 from ddss_lightning.features.pixels import PixelFeatures
@@ -11,6 +12,7 @@ from ddss_lightning.features.residual import ResidualFeatures
 
 __all__ = [
     "ConvFeatures",
+    "DenoiserFeatures",
     "FeatureExtractor",
     "InceptionFeatures",
     "ModuleFeatures",

@@ -13,6 +13,8 @@ Kernel = Literal["cubic", "linear"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 # Rows of a Gram matrix at a time: a block that stays in the processor's cache is four times as fast as one of 2048.
 BLOCK = 128
+# A feature with less than this part of the root mean square of all deviations is constant to `standardize`.
+LEAST_SPREAD = 1e-3
 
 
 def polynomial_kernel(x: Tensor, y: Tensor, kernel: Kernel = "cubic") -> Tensor:
@@ -73,10 +75,11 @@ class KIDLoss(SampleLoss):
 
     Without that scale the cubic kernel's gradients are in the millions. Where features have a mean far larger than
     their spread, as those of `RandomFeatures`, the kernel sees little but the mean: `standardize` shifts each of them
-    to mean 0, and divides it by its standard deviation, of the real ones. The scale and the real-real term come from
-    the bank of real features that `fit_real` receives once; the bank itself is what generated images are compared
-    with (`real="bank"`: less gradient noise) unless a minibatch of real features is given at each step
-    (`real="batch"`).
+    to mean 0, and divides it by its standard deviation, of the real ones; those that hardly differ between real images
+    (a thousandth of the root mean square of all deviations) are left out: nothing can be said in such units. The
+    scale and the real-real term come from the bank of real features that `fit_real` receives once; the bank itself is
+    what generated images are compared with (`real="bank"`: less gradient noise) unless a minibatch of real features is
+    given at each step (`real="batch"`).
 
     Args:
         kernel: `cubic` or `linear`.
@@ -112,13 +115,21 @@ class KIDLoss(SampleLoss):
         """Take the scale, the real-real term and (for `real="bank"`) the bank from features of shape (m, d).
 
         Raises:
-            ValueError: fewer than two vectors, or numbers that are not finite.
+            ValueError: fewer than two vectors, numbers that are not finite, or, to be standardised, none that differ.
         """
         rms = feature_scale(features, "KID")
         real = features.detach().double()
         if self.standardize:
-            # A feature that is constant on real images is none.
-            self.shift, self.scale = real.mean(0), real.std(0).clamp(min=1e-6 * rms)
+            std = real.std(0)
+            # Float32 features that are equal differ by rounding.
+            varies = std > max(LEAST_SPREAD * float(std.square().mean().sqrt()), 1e-7 * rms)
+            if not varies.any():
+                raise ValueError(
+                    f"The features of all {len(real)} real images are the same: there is nothing to compare with; look "
+                    "at the images, or take another feature network."
+                )
+            # Divided by infinity a feature is 0, and so is its gradient.
+            self.shift, self.scale = real.mean(0), torch.where(varies, std, torch.inf)
         else:
             self.shift, self.scale = real.new_zeros(1), real.new_full((1,), rms)
         scaled = self._scaled(real)

@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
     LDMPipeline,
@@ -26,6 +27,8 @@ from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.remat import measured_call
 from ddss_lightning.replay import Replay
+from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.scheduler import GGDMScheduler
 from tests.conftest import DDPM
 
 
@@ -407,3 +410,22 @@ def test_outputs_that_the_next_call_overwrites(mode):
         torch.testing.assert_close(found, expected)
     ours, theirs = (Replay(each, sampler.coefficients(), x_T, noise) for each in (denoiser, plain))
     torch.testing.assert_close(torch.stack(ours._outputs), torch.stack(theirs._outputs))
+
+
+def test_a_schedule_that_nobody_knows_is_not_taken_for_linear_betas(tmp_path):
+    shutil.copytree(DDPM, tmp_path / "m")
+    path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "MyCosineScheduler", "s": 0.008, "num_train_timesteps": 1000}))
+    with pytest.raises(ValueError, match="its scheduler is a MyCosineScheduler, which diffusers does not have"):
+        DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False), EDMEulerScheduler()]
+)
+def test_a_pipeline_that_was_saved_with_a_learned_sampler(tmp_path, scheduler):
+    shutil.copytree(DDPM, tmp_path / "m")
+    GGDMScheduler.from_sampler(GGDMSampler.from_scheduler(scheduler, 3)).save_pretrained(tmp_path / "m" / "scheduler")
+    found, wanted = DiffusersDenoiser.from_pretrained(str(tmp_path / "m")), NoiseSchedule.from_scheduler(scheduler)
+    assert found.schedule.matches(wanted)
+    assert found.prediction_type == scheduler_prediction_type(scheduler)

@@ -97,3 +97,22 @@ def test_standardized_features_have_mean_zero_and_deviation_one():
     shifted = KIDLoss(standardize=True)
     shifted.fit_real(real - 100)
     torch.testing.assert_close(shifted(Samples(generated - 100)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_feature_that_hardly_differs_between_real_images_is_left_out():
+    """In units of its deviation one grey level would be a thousand: no gradient would be finite."""
+    real, generated = draw(50, 4), draw(20, 4, seed=1)
+    real[:, 1] = -1.0
+    real[0, 2], real[1:, 2] = 0.5 + 1e-5, 0.5
+    loss = KIDLoss(standardize=True)
+    loss.fit_real(real)
+    leaf = generated.clone().requires_grad_()
+    value = loss(Samples(leaf))
+    (slope,) = torch.autograd.grad(value, leaf)
+    kept = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    expected = kid(*(kept * (each - real.mean(0)) / real.std(0).clamp(min=1e-9) for each in (generated, real)))
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    assert (slope[:, 1:3] == 0).all()
+    assert (slope[:, [0, 3]] != 0).all()
+    with pytest.raises(ValueError, match="The features of all 5 real images are the same"):
+        loss.fit_real(torch.ones(5, 4))

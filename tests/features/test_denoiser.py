@@ -1,0 +1,82 @@
+import pytest
+import torch
+from diffusers import UNet2DModel, VQModel
+
+from ddss_lightning import DenoiserFeatures, DiffusersDenoiser, InFeatures, KIDLoss, WeightedSum
+from ddss_lightning.losses.base import Samples
+
+
+@pytest.fixture
+def small(schedule):
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DModel(
+        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=down, up_block_types=up, attention_head_dim=4, num_class_embeds=3,
+    )  # fmt: skip
+    return DiffusersDenoiser(unet, schedule, null_label=2)
+
+
+def test_features_are_statistics_of_the_network_s_own_blocks(small, schedule):
+    """The way down, block by block, of alpha_t x at time t and the null label."""
+    features, unet = DenoiserFeatures(small, logsnr=1.0), small.unet
+    images = torch.rand(3, 2, 8, 8) * 2 - 1
+    time = schedule.timestep(torch.tensor([1.0], dtype=torch.float64))
+    alpha = schedule.alpha_sigma(time)[0].float()
+    with torch.no_grad():
+        emb = unet.time_embedding(unet.time_proj(time.float().expand(3))) + unet.class_embedding(torch.full((3,), 2))
+        h, seen = unet.conv_in(alpha * images), []
+        for block in unet.down_blocks:
+            h = block(hidden_states=h, temb=emb)[0]
+            seen.append(h)
+        seen.append(unet.mid_block(h, emb))
+        expected = [each for h in seen for each in (h.mean((2, 3)), (h.var((2, 3), correction=0) + 1e-4).sqrt())]
+        found = features(images)
+    assert features.num_features == found.shape[1] == 2 * (4 + 8 + 8)
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+    assert not any(block._forward_hooks for block in unet.down_blocks)
+
+
+def test_gradients_reach_the_images(small):
+    features = DenoiserFeatures(small).double()
+    images = (torch.rand(2, 2, 8, 8) * 2 - 1).double()
+    direction = torch.randn(images.shape, dtype=torch.float64)
+    leaf = images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(features(leaf).square().sum(), leaf)
+    low, high = (features(images + step * direction).square().sum() for step in (-1e-5, 1e-5))
+    torch.testing.assert_close((slope * direction).sum(), (high - low) / 2e-5, rtol=1e-6, atol=1e-6)
+
+
+def test_the_time_is_part_of_the_fingerprint(small):
+    first, same, other = (DenoiserFeatures(small, logsnr).fingerprint() for logsnr in (1.0, 1.0, 2.0))
+    assert first == same != other
+
+
+def test_a_shipped_model_from_its_folder(at_root, denoiser):
+    """Of linear betas the default time is about timestep 50; the network is used, not changed."""
+    features = DenoiserFeatures.from_pretrained("checkpoints/digits-ddpm")
+    assert float(features.timestep) == pytest.approx(50, abs=1)
+    assert features.denoiser.fingerprint() == denoiser.fingerprint()
+    assert not any(value.requires_grad for value in features.parameters())
+    loss = WeightedSum({"own": InFeatures(features, KIDLoss(standardize=True))})
+    real = torch.rand(64, 1, 8, 8) * 2 - 1
+    loss.fit_real(torch.zeros(64, 3), lambda network: network(real))
+    near, far = (float(loss(Samples(images=images))) for images in (real[:32], real[:32] * 0.5))
+    assert far > near + 0.01
+
+
+def test_what_has_no_features_of_images(small, schedule):
+    vae = VQModel(
+        in_channels=3, out_channels=3, block_out_channels=(4,), latent_channels=2, norm_num_groups=2,
+        num_vq_embeddings=8, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="denoises latents, not images"):
+        DenoiserFeatures(DiffusersDenoiser(small.unet, schedule, null_label=2, vae=vae))
+    with pytest.raises(ValueError, match="logsnr must be a finite number, got nan"):
+        DenoiserFeatures(small, float("nan"))
+    other = torch.nn.Module()
+    other.config = small.unet.config
+    with pytest.raises(ValueError, match="a Module without `down_blocks`"):
+        DenoiserFeatures(DiffusersDenoiser(other, schedule, null_label=2))
+    with pytest.raises(ValueError, match="takes images of shape"):
+        DenoiserFeatures(small)(torch.zeros(2, 3, 8, 8))
