@@ -7,7 +7,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from ddss_lightning import DDSSModule, GaussNewton, GGDMSampler, KIDLoss, TeacherLoss, TeacherPairs
+from ddss_lightning import (
+    DDSSModule,
+    DenoiserFeatures,
+    GaussNewton,
+    GGDMSampler,
+    InFeatures,
+    KIDLoss,
+    TeacherLoss,
+    TeacherPairs,
+    WeightedSum,
+)
 from ddss_lightning.cost import calls_per_step, difference_calls, teacher_calls
 
 
@@ -42,7 +52,9 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
     planned, of_teacher = calls_per_step(module), teacher_calls(module)
     assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
     strategy = Mock(reduce_boolean_decision=lambda wish, **_: wish)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=strategy)
+    module._trainer = SimpleNamespace(
+        world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=strategy, lr_scheduler_configs=[]
+    )
     module.log = lambda *_args, **_kwargs: None
     module._real = features(torch.rand(200, 1, 8, 8))
     module._real_source = None
@@ -69,3 +81,13 @@ def test_differences_by_hand(schedule):
     """
     sampler = GGDMSampler(schedule, 2, learn=("mu", "nu", "std", "time", "logsnr"))
     assert difference_calls(sampler) == 2 + 1 + 1 + 1 + 0 + 0 + 0 + 1 + 1
+
+
+def test_the_network_s_own_features_are_calls_of_it(denoiser, features):
+    own = InFeatures(DenoiserFeatures(denoiser), KIDLoss(standardize=True))
+    modules = [
+        DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 4), features, loss=loss, batch_size=16)
+        for loss in (KIDLoss(), WeightedSum({"kid": KIDLoss(), "own": own}))
+    ]
+    alone, both = (calls_per_step(module) for module in modules)
+    assert (alone, both) == (16 * 7, 16 * 9)
