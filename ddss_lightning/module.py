@@ -20,7 +20,7 @@ from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
-from ddss_lightning.losses.base import SampleLoss, Samples
+from ddss_lightning.losses.base import SampleLoss, Samples, every_loss
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import slope_by_parts
@@ -173,7 +173,8 @@ class DDSSModule(SamplingModule):
         real = self.real_features()
         if self.gauss_newton is None:
             self.loss.fit_real(real, self.encode_real)
-        if self.trainer.world_size > 1 and not self.gather_features and self.loss.has_memory:
+        has_memory = any(part.has_memory for part in every_loss(self.loss).values())
+        if self.trainer.world_size > 1 and not self.gather_features and has_memory:
             raise ValueError(
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
@@ -458,7 +459,8 @@ class DDSSModule(SamplingModule):
         super().optimizer_step(*args, **kwargs)
         if self.num_skipped_in_a_row:
             return
-        self.loss.advance()
+        for part in every_loss(self.loss).values():
+            part.advance()
         self._move_start_noise()
         step = self.global_step + 1
         decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
@@ -520,8 +522,8 @@ class DDSSModule(SamplingModule):
 
     def _compared(self) -> dict[str, Any]:
         """What each loss is, and the teacher pairs where one needs them, but for how they are kept on disk."""
-        parts = self.loss.named_modules(prefix="loss")
-        found: dict[str, Any] = {name: part.identity() for name, part in parts if isinstance(part, SampleLoss)}
+        losses = every_loss(self.loss).items()
+        found: dict[str, Any] = {f"loss.{name}".rstrip("."): part.identity() for name, part in losses}
         if self.teacher is not None and self.needs_teacher:
             settings = dataclasses.asdict(self.teacher).items()
             found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}
@@ -531,7 +533,7 @@ class DDSSModule(SamplingModule):
         """Note, too, what the loss and the start noise became, and how many steps were skipped."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["compared"] = self._compared()
-        checkpoint["loss_memory"] = self.loss.memory()
+        checkpoint["loss_memory"] = {name: part.memory() for name, part in every_loss(self.loss).items()}
         if self._offsets is not None:
             checkpoint["start_noise_offsets"] = self._offsets
         checkpoint["num_skipped"] = self.num_skipped
@@ -558,7 +560,8 @@ class DDSSModule(SamplingModule):
                 "started with."
             )
         if not other:
-            self.loss.restore(checkpoint.get("loss_memory", {}))
+            for name, part in every_loss(self.loss).items():
+                part.restore(checkpoint.get("loss_memory", {}).get(name, {}))
             self._offsets = checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

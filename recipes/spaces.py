@@ -2,9 +2,9 @@
 
     python recipes/spaces.py checkpoints/glyphs-ggdm-5 checkpoints/glyphs-ggdm-20
 
-For each sampler and the solver that it starts from, on the same noise, against the training images: the classifier and
-the pixels, which the loss sees; an untrained network of another seed than that of the loss; the middle of the model's
-own U-Net; the judge. Then what anyone can see: the part of pixel values at the ends of the range, contrast (standard
+For each sampler and the solver that it starts from, on the same noise, against the training images: the classifier, the
+pixels and the model's own U-Net, which the loss sees; an untrained network of another seed than that of the loss; the
+judge. Then what anyone can see: the part of pixel values at the ends of the range, contrast (standard
 deviation of an image's values, mean over images) and edges (mean absolute difference of neighbours).
 """
 
@@ -18,7 +18,14 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ddss_lightning import ConvFeatures, DiffusersDenoiser, GGDMSampler, RandomFeatures, ResidualFeatures
+from ddss_lightning import (
+    ConvFeatures,
+    DenoiserFeatures,
+    DiffusersDenoiser,
+    GGDMSampler,
+    RandomFeatures,
+    ResidualFeatures,
+)
 from ddss_lightning.data.glyphs import load_glyphs
 from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
@@ -26,19 +33,6 @@ from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-MIDDLE_TIME = 50.0
-
-
-def middle_of(denoiser: DiffusersDenoiser) -> Callable[[Tensor], Tensor]:
-    """Mean and deviation over positions of the U-Net's middle block, of images as states of little noise."""
-    seen: dict[str, Tensor] = {}
-    denoiser.unet.mid_block.register_forward_hook(lambda _module, _inputs, output: seen.update(h=output))
-
-    def encode(images: Tensor) -> Tensor:
-        denoiser(images, torch.full((len(images),), MIDDLE_TIME))
-        return torch.cat([seen["h"].mean((2, 3)), seen["h"].std((2, 3))], 1)
-
-    return encode
 
 
 @torch.no_grad()
@@ -71,8 +65,8 @@ def main() -> None:
     spaces: dict[str, Callable[[Tensor], Tensor]] = {
         "classifier": ConvFeatures.from_pretrained(CHECKPOINTS / "glyphs-features"),
         "pixels": lambda images: images.flatten(1),
+        "U-Net": DenoiserFeatures(denoiser),
         "untrained": RandomFeatures(3, size, seed=1),
-        "U-Net": middle_of(denoiser),
         "judge": ResidualFeatures.from_pretrained(CHECKPOINTS / "glyphs-judge"),
     }
     samplers = {}

@@ -421,11 +421,11 @@ def test_running_moments_and_moved_start_noise_resume_bit_for_bit(tmp_path):
 
     whole = fit("whole", 3)
     again = fit("again", 3, ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
-    assert whole["loss_memory"].keys() == {"frechet.mean", "frechet.second", "frechet.squared_weights"}
+    memory = whole["loss_memory"]["losses.frechet"]
+    assert memory.keys() == {"mean", "second", "squared_weights"}
     assert (whole["start_noise_offsets"].flatten(1).norm(dim=1) > 0).sum() > 48
-    for place in ("state_dict", "loss_memory"):
-        for name, value in whole[place].items():
-            assert torch.equal(value, again[place][name]), name
+    assert all(torch.equal(value, again["loss_memory"]["losses.frechet"][name]) for name, value in memory.items())
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in whole["state_dict"].items())
     assert torch.equal(whole["start_noise_offsets"], again["start_noise_offsets"])
 
 
@@ -489,7 +489,7 @@ def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):
 
     class Look(Callback):
         def on_train_batch_end(self, *_):
-            seen.append((loss.memory()["frechet.mean"].clone(), module._offsets.clone()))
+            seen.append((loss.losses["frechet"].memory()["mean"].clone(), module._offsets.clone()))
 
     with pytest.warns(UserWarning, match="Step 1: the gradient is not finite; skipped"):
         trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, callbacks=[Look()]).fit(module, data(3))

@@ -54,13 +54,13 @@ class SampleLoss(nn.Module, ABC):
 
     It can have a memory, such as running moments. `forward` reads it; what it would become is kept by `advance`, which
     is called after each step that was taken, so that a skipped step changes nothing. Checkpoints hold the memory, and
-    nothing else of a loss.
+    nothing else of a loss. A loss that is made of others, its submodules, leaves theirs to them, see `every_loss`.
 
     Attributes:
         name: of the value in logs, `train/<name>`.
         needs: names of the attributes of `Samples` that `forward` reads. Chains are differentiated through `features`
             and `images` only where these are needed; the feature network is not called where it is not.
-        has_memory: whether it has one.
+        has_memory: whether it has one of its own.
         terms: further values to log, of the last `forward`, detached.
     """
 
@@ -97,6 +97,11 @@ class SampleLoss(nn.Module, ABC):
 
     def restore(self, memory: dict[str, Tensor]) -> None:
         """Take back what `memory` gave."""
+
+
+def every_loss(loss: SampleLoss) -> dict[str, SampleLoss]:
+    """A loss, by the name `""`, and all losses that it is made of, by their names in `named_modules`."""
+    return {name: part for name, part in loss.named_modules() if isinstance(part, SampleLoss)}
 
 
 def feature_scale(features: Tensor, name: str) -> float:

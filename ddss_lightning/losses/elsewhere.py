@@ -40,7 +40,6 @@ class InFeatures(SampleLoss):
         self.name = loss.name
         pixels = {"features": "images", "target_features": "target"}
         self.needs = frozenset(pixels.get(need, need) for need in loss.needs)
-        self.has_memory = loss.has_memory
 
     def fit_real(self, features: Tensor, encode_real: Callable[[FeatureExtractor], Tensor] | None = None) -> None:  # noqa: ARG002
         """Give the loss the features of all real images in its own space.
@@ -75,15 +74,3 @@ class InFeatures(SampleLoss):
             return self.features(images)  # type: ignore[no-any-return]
         parts = [checkpoint(self.features, part, use_reentrant=False) for part in images.split(self.batch_size)]
         return torch.cat(parts)
-
-    def advance(self) -> None:
-        """The step was taken."""
-        self.loss.advance()
-
-    def memory(self) -> dict[str, Tensor]:
-        """Of the loss."""
-        return self.loss.memory()
-
-    def restore(self, memory: dict[str, Tensor]) -> None:
-        """The loss takes it back."""
-        self.loss.restore(memory)

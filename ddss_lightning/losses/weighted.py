@@ -42,7 +42,6 @@ class WeightedSum(SampleLoss):
         self.losses = nn.ModuleDict(losses)
         self.weights = {name: float(weights.get(name, 1.0)) for name in losses}
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
-        self.has_memory = any(loss.has_memory for loss in losses.values())
 
     def fit_real(self, features: Tensor, encode_real: Callable[[FeatureExtractor], Tensor] | None = None) -> None:
         """Give all losses their real features."""
@@ -54,21 +53,6 @@ class WeightedSum(SampleLoss):
         values = {name: loss(samples) for name, loss in self._named()}
         self.terms = {name: value.detach() for name, value in values.items()}
         return torch.stack([self.weights[name] * value.double() for name, value in values.items()]).sum()
-
-    def advance(self) -> None:
-        """The step was taken."""
-        for _, loss in self._named():
-            loss.advance()
-
-    def memory(self) -> dict[str, Tensor]:
-        """Of all losses, as `<name>.<key>`."""
-        return {f"{name}.{key}": value for name, loss in self._named() for key, value in loss.memory().items()}
-
-    def restore(self, memory: dict[str, Tensor]) -> None:
-        """Each loss takes what was its own."""
-        for name, loss in self._named():
-            prefix = f"{name}."
-            loss.restore({key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)})
 
     def _named(self) -> list[tuple[str, SampleLoss]]:
         return list(self.losses.items())  # type: ignore[arg-type]

@@ -63,17 +63,13 @@ def test_features_are_gathered_not_images():
     assert seen == [(8, 3)]
 
 
-def test_it_adds_to_a_loss_in_the_modules_own_features_and_keeps_the_memory_of_its_loss():
+def test_it_adds_to_a_loss_in_the_modules_own_features():
     real = draw(30, 1, 2, 2)
     total = WeightedSum({"own": KIDLoss(), "other": InFeatures(Projection(), FrechetLoss())})
     assert total.needs == {"features", "images"}
-    assert total.has_memory
     total.fit_real(draw(30, 5), lambda network: network(real))
     total(Samples(features=draw(8, 5, seed=1), images=draw(8, 1, 2, 2, seed=1)))
-    total.advance()
-    assert total.memory().keys() == {"other.mean", "other.second", "other.squared_weights"}
-    total.restore({name: 2 * value for name, value in total.memory().items()})
-    assert torch.equal(total.losses["other"].memory()["mean"], total.memory()["other.mean"])
+    assert total.terms.keys() == {"own", "other"}
 
 
 def test_the_network_is_frozen():

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from ddss_lightning.losses import FrechetLoss, KIDLoss, Samples, TeacherLoss, WeightedSum
+from ddss_lightning import RandomFeatures
+from ddss_lightning.losses import FrechetLoss, InFeatures, KIDLoss, Samples, TeacherLoss, WeightedSum
+from ddss_lightning.losses.base import every_loss
 from tests.losses.test_kid import draw
 
 
@@ -32,20 +34,20 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients():
     assert not gradients[1].any()
 
 
-def test_it_needs_what_its_losses_need_and_remembers_what_they_do():
+def test_it_needs_what_its_losses_need_and_leaves_memory_to_them():
     total = WeightedSum({"a": KIDLoss(real="batch"), "b": FrechetLoss(), "c": TeacherLoss()})
     assert total.needs == {"features", "real", "images", "target"}
-    assert total.has_memory
-    assert not WeightedSum({"a": KIDLoss()}).has_memory
-    total.fit_real(draw(9, 2))
-    sample = Samples(draw(9, 2), draw(9, 1, 2, 2), draw(9, 2), draw(9, 1, 2, 2))
-    total(sample)
-    total.advance()
-    assert total.memory().keys() == {"b.mean", "b.second", "b.squared_weights"}
-    other = WeightedSum({"b": FrechetLoss(), "ab": FrechetLoss()})
-    other.restore(total.memory())
-    assert torch.equal(other.losses["b"].memory()["mean"], total.losses["b"].memory()["mean"])
-    assert other.losses["ab"].memory() == {}
+    nested = WeightedSum({"first": total, "other": InFeatures(RandomFeatures(1, 8, 4, 2), FrechetLoss())})
+    names = [
+        "",
+        "losses.first",
+        *(f"losses.first.losses.{name}" for name in "abc"),
+        "losses.other",
+        "losses.other.loss",
+    ]
+    assert list(every_loss(nested)) == names
+    assert [name for name, part in every_loss(nested).items() if part.has_memory] == [names[3], names[6]]
+    assert list(every_loss(KIDLoss())) == [""]
 
 
 def test_bad_arguments():
