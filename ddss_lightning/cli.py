@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
 from ddss_lightning.commands import COMMANDS, sampler_folder
@@ -43,6 +44,10 @@ def _prediction_type(denoiser: Denoiser) -> str:
     return denoiser.prediction_type
 
 
+# In the folder of a run.
+LAST = "checkpoints/last.ckpt"
+
+
 class SaveConfig(SaveConfigCallback):
     """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last.
 
@@ -51,12 +56,20 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the recipe, unless a checkpoint might be refused."""
+        """Write the recipe, unless a checkpoint might be refused.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
         if not trainer.loggers:
             return
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
+        if folder and Path(folder, self.config_filename).exists() and not self.overwrite and trainer.is_global_zero:
+            raise ValueError(
+                f"'{folder}' holds a run; go on with it by --ckpt_path=last, or give another --trainer.logger.version."
+            )
         if not self.overwrite or stage != "fit":
             super().setup(trainer, pl_module, stage)
 
@@ -103,22 +116,53 @@ class DDSSCommandLine(LightningCLI):
         )
 
     def instantiate_classes(self) -> None:
-        """Make the recipe's objects; a saved sampler takes the place of the recipe's."""
-        if self._get(self.config, "ckpt_path") == "last":
-            # The same command starts a fit and goes on with it, in the same folder.
-            self.save_config_kwargs["overwrite"] = True
-            self._get(self.config, "quality").overwrite = True
-        super().instantiate_classes()
-        folder = self._get(self.config, "pretrained_sampler")
-        if self._get(self.config, "ckpt_path") == "last" and self.subcommand not in (None, "fit"):
+        """Make the recipe's objects; a saved sampler takes the place of the recipe's.
+
+        Raises:
+            ValueError: a checkpoint or a saved sampler that cannot be meant.
+        """
+        checkpoint, folder = self._get(self.config, "ckpt_path"), self._get(self.config, "pretrained_sampler")
+        if checkpoint == "last" and self.subcommand not in (None, "fit"):
             raise ValueError(
                 f"--ckpt_path=last is for fit; give {self.subcommand} the path of a checkpoint, or the folder of a "
                 "sampler: --pretrained_sampler."
             )
-        if folder and self._get(self.config, "ckpt_path"):
+        if checkpoint and Path(checkpoint).is_dir():
+            raise ValueError(f"--ckpt_path: '{checkpoint}' is a folder; give a file, such as its {LAST}.")
+        if folder and checkpoint:
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
+        super().instantiate_classes()
+        if checkpoint == "last":
+            self._go_on()
         if folder:
             self.model.load_sampler(sampler_folder(folder))
+
+    def _go_on(self) -> None:
+        """The same command starts a fit and goes on with it: from the checkpoint in its folder, where there is one.
+
+        Raises:
+            ValueError: a logger that makes a new folder for each run.
+        """
+        named = self._get(self.config, "interruption").dirpath
+        if not named and _makes_new_folders(self._get(self.config, "trainer").logger):
+            raise ValueError(
+                "--ckpt_path=last goes on in the folder of a run, and without a name each run has a new one; give a "
+                "name: --trainer.logger.version=NAME."
+            )
+        path = Path(named) / "last.ckpt" if named else Path(self.trainer.log_dir or self.trainer.default_root_dir, LAST)
+        if path.is_file():
+            self.quality.overwrite = True
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveConfig):
+                    callback.overwrite = True
+        else:
+            rank_zero_info(f"there is no '{path}' yet: a new fit")
+            self.config_init[self.subcommand]["ckpt_path"] = None
+
+    def before_predict(self) -> None:
+        """Images go to files; in memory they would be kept until the end."""
+        if self.config_init["predict"]["return_predictions"] is None:
+            self.config_init["predict"]["return_predictions"] = False
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("enable_checkpointing") is False:
@@ -127,6 +171,14 @@ class DDSSCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""
+
+
+def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may give
+    """Whether a logger, as it was configured, logs each run in another folder."""
+    if isinstance(logger, list):
+        return bool(logger) and _makes_new_folders(logger[0])
+    options = logger.get("init_args", {}) if hasattr(logger, "get") else {}
+    return logger is True or ("version" in options and options["version"] is None)
 
 
 def _one_line(error: Exception) -> str:
@@ -179,8 +231,9 @@ def main(args: list[str] | None = None) -> None:
             command = COMMANDS[args[0]]
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
         elif args and args[0] == "compare":
-            recipe, settings, others = parse(args[1:])
-            cli = command_line(["--config", recipe, *others], run=False)
+            recipes, settings, others = parse(args[1:])
+            configs = [part for recipe in recipes for part in ("--config", recipe)]
+            cli = command_line([*configs, *others], run=False)
             compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
             command_line(args)

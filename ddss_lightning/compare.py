@@ -104,7 +104,7 @@ class Comparison:
         output: the folder for scores, tables and pictures.
 
     Raises:
-        ValueError: an unknown solver, or numbers below 1 (`steps`) and 2 (images).
+        ValueError: an unknown solver, or numbers below 1 (`steps`), 6 (`num_images`) and 2 (`selection_images`).
     """
 
     steps: Sequence[int] = (5, 10, 20)
@@ -120,9 +120,10 @@ class Comparison:
         unknown = [name for name in self.solvers if name not in SOLVERS and list(self.solvers) != ["all"]]
         if unknown:
             raise ValueError(f"Unknown solver '{unknown[0]}'; choose any of {', '.join(SOLVERS)}, or all.")
-        for name in ("num_images", "selection_images"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}.")
+        # Precision and recall look at the five nearest neighbours.
+        for name, least in {"num_images": 6, "selection_images": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         if min(self.steps) < 1:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
         if self.output.exists() and not self.output.is_dir():
@@ -264,15 +265,21 @@ class Scores:
         self.path, self.protocol = path, dict(protocol)
         self.cells: dict[str, Cell] = {}
         if path.exists():
-            stored = json.loads(path.read_text())
-            if stored["protocol"] != self.protocol:
-                keys = dict.fromkeys([*self.protocol, *stored["protocol"]])
-                changed = [key for key in keys if stored["protocol"].get(key) != self.protocol.get(key)]
+            try:
+                stored = json.loads(path.read_text())
+                known, cells = dict(stored["protocol"]), dict(stored["cells"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"The scores in '{path}' are damaged ({error}); delete the file, or give another --output."
+                ) from error
+            if known != self.protocol:
+                keys = dict.fromkeys([*self.protocol, *known])
+                changed = [key for key in keys if known.get(key) != self.protocol.get(key)]
                 raise ValueError(
                     f"'{path}' holds scores of another protocol (different: {', '.join(changed)}); give another "
                     "--output."
                 )
-            self.cells = stored["cells"]
+            self.cells = cells
 
     def put(self, key: str, cell: Cell) -> None:
         """Keep one cell."""
@@ -500,8 +507,22 @@ def _digest(datamodule: ImageDataModule) -> str:
     return digest.hexdigest()[:16]
 
 
-def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
-    """The recipe of `ddss compare`, what is compared, and the other flags, which override the recipe."""
+# Flags of the other commands that `ddss compare` has its own for.
+NOT_HERE = {
+    "--pretrained_sampler": "--samplers FOLDER",
+    "--data.num_test_images": "--num_images",
+    "--data.init_args.num_test_images": "--num_images",
+    "--data.num_val_images": "--selection_images",
+    "--data.init_args.num_val_images": "--selection_images",
+}
+
+
+def parse(args: list[str]) -> tuple[list[str], Comparison, list[str]]:
+    """The recipes of `ddss compare`, what is compared, and the other flags, which override the recipes.
+
+    Raises:
+        ValueError: a flag that would have no effect; see `Comparison`, too.
+    """
     parser = argparse.ArgumentParser(
         prog="ddss compare",
         description="Score solvers and learned samplers of the model of a recipe on the same noise. Further flags, "
@@ -510,7 +531,13 @@ def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
         allow_abbrev=False,
     )
     default = Comparison()
-    parser.add_argument("-c", "--config", required=True, help="a recipe: its denoiser, features, data and trainer")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        required=True,
+        help="a recipe: its denoiser, features, data and trainer; several lie on top of each other",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=default.steps, help="numbers of network calls")
     parser.add_argument(
         "--solvers", nargs="*", default=default.solvers, help=f"of {', '.join(SOLVERS)}; or all", metavar="SOLVER"
@@ -535,6 +562,10 @@ def parse(args: list[str]) -> tuple[str, Comparison, list[str]]:
     )
     parser.add_argument("--output", type=Path, default=default.output)
     arguments, others = parser.parse_known_args(args)
+    for flag in others:
+        if flag.partition("=")[0] in NOT_HERE:
+            name = flag.partition("=")[0]
+            raise ValueError(f"`ddss compare` does not look at {name}; give {NOT_HERE[name]}.")
     given = vars(arguments)
     return given.pop("config"), Comparison(**given), others
 

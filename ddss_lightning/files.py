@@ -24,6 +24,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def not_here() -> str:
+    """Why a folder that a recipe names may not have been found."""
+    return f"there is no such folder, seen from '{Path.cwd()}'; a recipe's paths begin where the command was started"
+
+
 def default_cache_dir() -> Path:
     """`ddss_lightning` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddss_lightning"

@@ -498,9 +498,14 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         card: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"The card '{path}' is damaged: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"The card '{path}' is damaged: it is no JSON object.")
     if card.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"'{path}' has format version {card.get('format_version')}, this package reads {FORMAT_VERSION}; "
             "install the version of ddss_lightning that wrote it."
         )
+    missing = [name for name in ("config", "schedule", "base_model", "scores", "nfe") if name not in card]
+    if missing:
+        raise ValueError(f"The card '{path}' is damaged: it has no '{missing[0]}'.")
     return card

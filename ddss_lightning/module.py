@@ -482,7 +482,7 @@ class DDSSModule(SamplingModule):
         if self.gauss_newton is not None:
             return SGD(self.sampler.parameters(), lr=1.0)
         optimizer = Adam(groups, betas=self.betas)
-        total = float(self.trainer.estimated_stepping_batches)
+        total = max(1.0, float(self.trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:
             cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))

@@ -42,7 +42,8 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
     if "class_path" not in anchor or set(anchor) - known:
         raise ValueError(
             f"anchor: a scheduler is named by class_path and, if needed, {', '.join(sorted(known - {'class_path'}))}; "
-            f"got {', '.join(map(str, anchor)) or 'nothing'}."
+            f"got {', '.join(map(str, anchor)) or 'nothing'}. On the command line an anchor is given whole: "
+            "--sampler.anchor='{class_path: ..., init_args: {...}}'."
         )
     module_name, _, class_name = str(anchor["class_path"]).rpartition(".")
     try:

@@ -99,6 +99,8 @@ class Sweep:
         def refuse(problem: str) -> None:
             raise SystemExit(f"'{path}': {problem}")
 
+        if not Path(self.base).is_file():
+            refuse(f"there is no base recipe '{self.base}', seen from '{Path.cwd()}'.")
         slugs: dict[str, str] = {}
         for name in self.settings:
             if slugs.setdefault(slug(name), name) != name or set("=/") & set(name):
@@ -233,7 +235,7 @@ def learn(run: Run, sweep: Sweep, recipe: Path, cost: dict[str, Any]) -> None:
     cli: DDSSCommandLine = command_line(["-c", sweep.base, "-c", str(recipe)], run=False)
     diverged = False
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path="last")
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path="last" if resumed else None)
     except FloatingPointError as error:
         # Its best sampler is kept; the sweep goes on.
         rank_zero_warn(f"{run.folder}: {error}")
@@ -441,6 +443,8 @@ def main() -> None:
             for names, value in (("steps", run.steps), ("seeds", run.seed), ("settings", run.setting))
         )
     ]
+    if not runs:
+        parser.error("no setting is run with these --steps, --seeds and --settings; see `only` in the sweep.")
     prepared = [prepare(run, sweep) for run in runs]
     text = plan(runs, [cost for _, cost in prepared])
     given.output.mkdir(parents=True, exist_ok=True)

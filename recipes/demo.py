@@ -5,6 +5,7 @@
 DDPM and DDIM and DPM-Solver++ 2M are each measured at three strides (linear, quadratic, uniform in log-SNR), and the
 best is taken; all samplers start from the same noise, which learning and selection never saw. It writes into the
 output folder: `sampler/` (the learned sampler), `table.md`, `table.json`, `samples.png`, and `logs/` (TensorBoard).
+Interrupted while it learns, the same command goes on.
 """
 
 from __future__ import annotations
@@ -44,15 +45,14 @@ BATCH_SIZE = 500
 def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataModule, float]:
     """`ddss fit` with the recipe; the best sampler goes to `output/sampler`."""
     started = time.time()
-    flags = [
-        "--model.seed",
-        seed,
-        "--quality.dirpath",
-        output / "sampler",
-        "--trainer.logger.save_dir",
-        output / "logs",
-    ]
-    cli = command_line(["fit", "-c", recipe, *map(str, flags)])
+    flags = {
+        "model.seed": seed,
+        "quality.dirpath": output / "sampler",
+        "trainer.logger.save_dir": output / "logs",
+        "trainer.logger.version": "demo",
+        "ckpt_path": "last",
+    }
+    cli = command_line(["fit", "-c", recipe, *(f"--{name}={value}" for name, value in flags.items())])
     return cli.model, cli.datamodule, time.time() - started
 
 
@@ -195,7 +195,7 @@ A sampler of {nfe} network calls for [`{model}`](../{model}), learned by `{recip
 |---|---|
 | scores | in the space of [`digits-features`](../digits-features), images clamped and rounded, 1797 real images |
 | command | `{command}` |
-| learning | {minutes:.1f} min, {machine} |
+| learning | {minutes:.1f} min{since}, {machine} |
 """
 
 
@@ -214,6 +214,7 @@ def release(report: dict[str, Any], command: str, output: Path, folder: Path) ->
         table=(output / "table.md").read_text(),
         command=command,
         minutes=report["minutes_of_learning"],
+        since=" since it was resumed" * report["resumed"],
         machine=report["machine"],
     )
     with replacing(folder / "README.md") as partial:
@@ -241,11 +242,11 @@ def main() -> None:
         parser.error(f"there is no recipe '{args.recipe}'.")
     if args.release and (args.release / "README.md").exists() and not args.overwrite:
         parser.error(f"'{args.release}' holds a released sampler; give another folder or --overwrite.")
-    if args.output.exists() and any(args.output.iterdir()):
-        if not args.overwrite:
-            parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
-        for name in ("sampler", "logs"):
-            shutil.rmtree(args.output / name, ignore_errors=True)
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output: '{args.output}' is no folder; give another.")
+    unfinished = any(args.output.glob("logs/**/last.ckpt")) and not (args.output / "table.json").exists()
+    if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or unfinished):
+        parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console()
 
@@ -259,6 +260,12 @@ def main() -> None:
         except ValueError as error:
             parser.error(f"--sampler: {error}")
     else:
+        if not unfinished:
+            # The recipe is sound: what it makes may take the place of what was there.
+            command_line(["-c", args.recipe], run=False)
+            for name in ("sampler", "logs", "table.md", "table.json", "samples.png"):
+                path = args.output / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60
     started = time.time()
@@ -275,6 +282,7 @@ def main() -> None:
         "fid_of_real_images": sampling_floor(real, args.num_images),
         "ddpm_1000": reference_of(module.denoiser.name),
         "minutes_of_learning": minutes,
+        "resumed": unfinished,
         "minutes_of_comparing": (time.time() - started) / 60,
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU, torch {torch.__version__}",
     }
@@ -284,7 +292,8 @@ def main() -> None:
         command = f"python recipes/demo.py --recipe {args.recipe} --seed {args.seed} --num_images {args.num_images}"
         release(report, command, args.output, args.release)
     if minutes is not None:
-        console.print(f"learned in {minutes:.1f} min, compared in {report['minutes_of_comparing']:.1f} min")
+        since = " since it was resumed" * unfinished
+        console.print(f"learned in {minutes:.1f} min{since}, compared in {report['minutes_of_comparing']:.1f} min")
     where = {
         "sampler": args.sampler or args.output / "sampler",
         "table": f"{args.output / 'table.md'} and {args.output / 'table.json'}",

@@ -2,8 +2,8 @@
 
     python recipes/spaces.py checkpoints/glyphs-ggdm-5 checkpoints/glyphs-ggdm-20
 
-For each sampler and the solver that it starts from, on the same noise, against the training images: the classifier, the
-pixels and the model's own U-Net, which the loss sees; an untrained network of another seed than that of the loss; the
+For each sampler and the solver that it starts from, on the same noise, against the training images: the classifier and
+the pixels, which the loss sees; an untrained network of another seed than that of the loss; the model's own U-Net; the
 judge. Then what anyone can see: the part of pixel values at the ends of the range, contrast (standard
 deviation of an image's values, mean over images) and edges (mean absolute difference of neighbours).
 """
@@ -65,8 +65,8 @@ def main() -> None:
     spaces: dict[str, Callable[[Tensor], Tensor]] = {
         "classifier": ConvFeatures.from_pretrained(CHECKPOINTS / "glyphs-features"),
         "pixels": lambda images: images.flatten(1),
-        "U-Net": DenoiserFeatures(denoiser),
         "untrained": RandomFeatures(3, size, seed=1),
+        "U-Net": DenoiserFeatures(denoiser),
         "judge": ResidualFeatures.from_pretrained(CHECKPOINTS / "glyphs-judge"),
     }
     samplers = {}

@@ -132,6 +132,7 @@ def test_an_interrupted_run_goes_on_and_another_recipe_is_refused(benchmark, mon
         ({"calls": {2: 100}}, "`calls` has no budget for 3 steps"),
         ({"compare": {"solvers": ["Eular"]}}, "compare: Unknown solver 'Eular'"),
         ({"compare": {"judge": "nowhere"}}, "compare: .*nowhere"),
+        ({"base": "recipes/none.yaml"}, "there is no base recipe 'recipes/none.yaml'"),
         ({"compare": {"pictures": 3}}, "compare: .*pictures"),
     ],
 )
@@ -150,6 +151,12 @@ def test_a_budget_that_does_not_suffice_and_names_that_are_unknown(benchmark, mo
     with pytest.raises(SystemExit):
         run(benchmark, monkeypatch, path, "--output", tmp_path / "out", "--settings", "third")
     assert "'third' is not in" in capsys.readouterr().err
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(SWEEP))
+    with pytest.raises(SystemExit):
+        run(
+            benchmark, monkeypatch, tmp_path / "good.yaml", "--output", tmp_path / "out", "--steps", "3", "--seeds", "1"
+        )
+    assert "no setting is run with these --steps, --seeds and --settings" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="is no sweep"):
         run(benchmark, monkeypatch, tmp_path / "none.yaml", "--output", tmp_path / "out")
 

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from ddss_lightning.cli import command_line, main
+from ddss_lightning.ggdm import GGDMSampler, read_card
 from tests.conftest import DDPM, ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -132,10 +133,32 @@ def error_of(capsys, arguments):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--denoiser.pretrained_path=no/such/model"], "No diffusion model in 'no/such/model'"),
-        (["--features.pretrained_path=no/such/network"], "No feature network in 'no/such/network'"),
+        (
+            ["--denoiser.pretrained_path=no/such/model"],
+            "No diffusion model in 'no/such/model': there is no such folder, ",
+        ),
+        (
+            ["--features.pretrained_path=no/such/network"],
+            f"such folder, seen from '{ROOT}'; a recipe's paths begin where",
+        ),
         (["--sampler.num_steps=0"], "num_steps must be between 1 and the 1000 steps of the noise schedule, got 0"),
         (["--sampler.num_steps=1001"], "got 1001"),
+        (
+            [
+                "--sampler.anchor={{class_path: UniPC, solver_order: 3}}",
+                "--sampler.stride=linear",
+                "--sampler.learn=[mu]",
+            ],
+            "On the command line an anchor is given whole: --sampler.anchor='{class_path: ..., init_args: {...}}'",
+        ),
+        (["--ckpt_path={tmp_path}"], "is a folder; give a file, such as its checkpoints/last.ckpt"),
+        (["--ckpt_path=last"], "give a name: --trainer.logger.version=NAME"),
+        (["--images.columns=0"], "images.columns must be at least 1, got 0"),
+        (["--images.scale=0"], "images.scale must be at least 1, got 0"),
+        (
+            ["--data=ddss_lightning.ImageFolderDataModule", "--data.root={tmp_path}", "--data.image_size=0"],
+            "image_size must be at least 1 pixel, got 0",
+        ),
         (["--sampler.anchor=heun"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got heun"),
         (["--sampler.learn=[mu,sigma]"], "got sigma"),
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
@@ -243,7 +266,9 @@ def test_the_command_that_an_interrupted_fit_names(tmp_path, capsys):
     assert "lr: 0.5" in recipe
     main(quick("fit", tmp_path, "--trainer.logger.version=day"))
     other = tmp_path / "digits_5" / "day" / "checkpoints" / "last.ckpt"
-    assert "config.yaml to NOT exist" in error_of(capsys, quick("fit", tmp_path, *flags, f"--ckpt_path={other}"))
+    assert f"'{folder}' holds a run; go on with it by --ckpt_path=last, or give another" in error_of(
+        capsys, quick("fit", tmp_path, *flags, f"--ckpt_path={other}")
+    )
     assert (folder / "config.yaml").read_text() == recipe
 
 
@@ -306,3 +331,46 @@ def test_a_run_goes_on_with_the_scores_it_has(tmp_path, capsys):
     assert "--ckpt_path=last is for fit" in error
     # A log folder serves where a sampler is asked for.
     main(quick("test", tmp_path, f"--pretrained_sampler={folder}"))
+
+
+def test_what_is_called_last_but_is_not_there_starts_afresh_and_overwrites_nothing(tmp_path, capsys, caplog):
+    best, flags = tmp_path / "best", ["--trainer.logger.version=night", "--ckpt_path=last"]
+    main(quick("fit", tmp_path, f"--quality.dirpath={best}"))
+    before = (best / "sampler.json").read_bytes()
+    error = error_of(capsys, quick("fit", tmp_path, *flags, f"--quality.dirpath={best}"))
+    assert "already holds a sampler" in error
+    assert (best / "sampler.json").read_bytes() == before
+    last = tmp_path / "digits_5" / "night" / "checkpoints" / "last.ckpt"
+    assert f"there is no '{last}' yet: a new fit" in caplog.text
+    # The folder of the checkpoint has a name of its own: that of the logs need not have one.
+    flags = [f"--interruption.dirpath={tmp_path / 'states'}", "--ckpt_path=last"]
+    main(quick("fit", tmp_path, *flags))
+    main(quick("fit", tmp_path, *flags, "--trainer.max_steps=4"))
+    assert torch.load(tmp_path / "states" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_fit_that_is_not_validated_keeps_its_last_sampler(tmp_path):
+    with pytest.warns(UserWarning, match="Nothing was validated: the last sampler is saved in"):
+        cli = command_line(quick("fit", tmp_path, "--trainer.limit_val_batches=0"))
+    saved = GGDMSampler.from_pretrained(tmp_path / "digits_5" / "version_0" / "sampler")
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, cli.model.averaged.state_dict()[name])
+    assert any(value.any() for value in saved.corrections.values())
+    assert read_card(tmp_path / "digits_5" / "version_0" / "sampler")["scores"] == {"training_step": 2, "seed": 0}
+
+
+def test_predicted_images_take_the_place_of_those_before_and_are_not_kept_in_memory(tmp_path, caplog):
+    flags = [f"--images.output_dir={tmp_path / 'out'}", "--images.overwrite=true", "--images.columns=1"]
+    main(quick("predict", tmp_path, *flags, "--data.num_predict_images=5"))
+    (tmp_path / "out" / "mine.png").write_text("precious")
+    cli = command_line(quick("predict", tmp_path, *flags, "--data.num_predict_images=3"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png", "grid.png", "mine.png"]
+    assert "3 images and grid.png are in" in caplog.text
+    assert not cli.trainer.predict_loop.predictions
+    with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "00000.png") as image:
+        assert grid.width < 2 * 4 * image.width
+
+
+def test_max_steps_of_zero_scores_the_start(tmp_path):
+    main(quick("fit", tmp_path, "--trainer.max_steps=0"))

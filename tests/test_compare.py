@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddss_lightning.cli import command_line, main
-from ddss_lightning.compare import SOLVERS, Comparison, compare, learned_candidates, markdown
+from ddss_lightning.compare import SOLVERS, Comparison, Scores, compare, learned_candidates, markdown, parse
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.features import ResidualFeatures
@@ -307,7 +307,9 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
     ("flags", "message"),
     [
         (["--solvers", "RK4"], "Unknown solver 'RK4'; choose any of DDPM, DDIM"),
-        (["--num_images=1"], "--num_images must be at least 2, got 1"),
+        (["--num_images=5"], "--num_images must be at least 6, got 5"),
+        (["--pretrained_sampler", SAMPLER], "does not look at --pretrained_sampler; give --samplers FOLDER"),
+        (["--data.num_test_images=7"], "does not look at --data.num_test_images; give --num_images"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--samplers", "nowhere"], "There is no folder 'nowhere'"),
         (["--solvers", "--samplers", SAMPLER, "--steps", "7"], "Nothing to compare at [7] network calls"),
@@ -318,7 +320,7 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
             "32 images were scored",
         ),
         (["--data.eval_batch_size=0"], "eval_batch_size must be at least 1, got 0"),
-        (["--judge", "nowhere"], "No feature network in 'nowhere': 'config.json' is missing"),
+        (["--judge", "nowhere"], "No feature network in 'nowhere': there is no such folder"),
         (["--judge", FEATURES], "The judge is the feature network of learning (dc2320f1a18d7978); give another one"),
         (["--samplers", f"DDIM={SAMPLER}"], "is the name of a solver; give another label"),
     ],
@@ -453,3 +455,16 @@ def test_fifteen_solvers_are_told_apart_by_colour_and_marker():
 def test_small_scores_have_three_figures():
     row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "seed": 0, "fid": 123.456, "judge_fid": 0.012345}
     assert "| 5 | DDIM | leading | 123.46 | 0.0123 |" in markdown([row], {"images": 10})
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"protocol": {}, "cells": 3}'])
+def test_damaged_scores_are_told(content, tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"The scores in '.*scores\.json' are damaged .*; delete the file, or give"):
+        Scores(path, {})
+
+
+def test_recipes_lie_on_top_of_each_other(tmp_path):
+    recipes, settings, others = parse(["-c", "a.yaml", "--config=b.yaml", "--steps", "3", "--data.root=x"])
+    assert (recipes, settings.steps, others) == (["a.yaml", "b.yaml"], [3], ["--data.root=x"])

@@ -253,3 +253,15 @@ def test_a_free_sampler_of_an_edm_model_bears_a_step(num_steps):
     sampler.corrections["mu"].data += 6e-3
     pred = sampler.coefficients().validate().pred
     torch.testing.assert_close(pred[:2], start[:2], rtol=0.5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("[]", "is no JSON object"), ("{", "Expecting"), ({}, "'base_model'")]
+)
+def test_a_damaged_card_is_told(tmp_path, schedule, content, problem):
+    GGDMSampler(schedule, 2).save_pretrained(tmp_path)
+    card = json.loads((tmp_path / "sampler.json").read_text())
+    del card["base_model"]
+    (tmp_path / "sampler.json").write_text(content or json.dumps(card))
+    with pytest.raises(ValueError, match=f"The card '.*sampler.json' is damaged: .*{problem}"):
+        read_card(tmp_path)

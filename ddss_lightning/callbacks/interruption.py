@@ -127,8 +127,8 @@ class Interruption(ModelCheckpoint):
             self._saved_at = time.monotonic()
         self._stop_if_told(
             trainer,
-            f"saved '{self.path}'. To go on: the same command with --ckpt_path='{self.path}', or "
-            f"Trainer.fit(..., ckpt_path='{self.path}')",
+            f"saved '{self.path}'. To go on: `ddss fit` as before with --ckpt_path='{self.path}', "
+            f"Trainer.fit(..., ckpt_path='{self.path}'), or the recipe's script again",
         )
 
     def state_dict(self) -> dict[str, Any]:

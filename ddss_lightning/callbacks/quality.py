@@ -368,18 +368,19 @@ class SampleQuality(Callback):
             "training_step": self.best_step,
             "seed": module.seed,
         }
-        base_model = {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
         sampler = copy.deepcopy(module.averaged)
         sampler.load_state_dict(self.best_sampler)
-        sampler.save_pretrained(folder, base_model, scores, overwrite=True)
+        sampler.save_pretrained(folder, _base_model(module), scores, overwrite=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
         assert isinstance(pl_module, SamplingModule)
         folder = self.folder(trainer)
+        if not self.best and self.initial:
+            rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")
+            return
         if not self.best:
-            if self.initial:
-                rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")
+            self._keep_unscored(trainer, pl_module, folder)
             return
         # A fit that had nothing left to do, resumed in another folder, has not come by `on_train_start`.
         if not (folder / CARD_NAME).exists():
@@ -395,6 +396,13 @@ class SampleQuality(Callback):
         rank_zero_info(
             f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"
         )
+
+    def _keep_unscored(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
+        """Without validation the last sampler is all there is."""
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            scores = {"training_step": trainer.global_step, "seed": module.seed}
+            module.averaged.save_pretrained(folder, _base_model(module), scores, overwrite=True)
+            rank_zero_warn(f"Nothing was validated: the last sampler is saved in '{folder}', without scores.")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to know."""
@@ -417,6 +425,10 @@ class SampleQuality(Callback):
         self._scored_step = state_dict.get("scored_step", self.best_step)
         self._lowest = state_dict.get("lowest", self.best.get(self.monitor, math.inf))
         self._protocol = state_dict.get("protocol", {})
+
+
+def _base_model(module: SamplingModule) -> dict[str, str]:
+    return {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
 
 
 def _line(scores: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,37 @@ class ImageWriter(Callback):
 
     Args:
         output_dir: a folder that does not exist or is empty.
-        columns: images per row of the grid.
-        scale: enlargement of the grid's pixels.
-        overwrite: allow a folder that holds files.
+        columns: images per row of the grid, and rows, at most; at least 1.
+        scale: enlargement of the grid's pixels, at least 1.
+        overwrite: allow a folder that holds files; images of such names are deleted first, all others stay.
+
+    Raises:
+        ValueError: a number below 1.
     """
 
     def __init__(self, output_dir: str = "samples", columns: int = 8, scale: int = 4, overwrite: bool = False) -> None:
+        for name, value in {"columns": columns, "scale": scale}.items():
+            if value < 1:
+                raise ValueError(f"images.{name} must be at least 1, got {value}.")
         self.output_dir, self.columns, self.scale, self.overwrite = output_dir, columns, scale, overwrite
         self._grid: list[Tensor] = []
+        self._written = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Make the folder, or refuse one that is in use, before any work starts."""
-        self._grid = []
+        self._grid, self._written = [], 0
         if stage != "predict" or not trainer.is_global_zero:
             return
         folder = Path(self.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"The output folder '{folder}' is a file; give another output_dir.")
         if folder.exists() and any(folder.iterdir()) and not self.overwrite:
             raise ValueError(f"The output folder '{folder}' is not empty; give another output_dir or overwrite=True.")
         folder.mkdir(parents=True, exist_ok=True)
+        # Images of another sampler between those of this one would be taken for its own.
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d{5,}\.png", path.name):
+                path.unlink()
 
     def on_predict_batch_end(  # noqa: D102 - Lightning's hook
         self,
@@ -49,11 +63,14 @@ class ImageWriter(Callback):
     ) -> None:
         for index, image in zip(batch.tolist(), outputs, strict=True):
             save_png(to_uint8(image).cpu(), Path(self.output_dir) / f"{index:05d}.png")
-        self._grid.append(outputs.cpu())
+        missing = self.columns**2 - sum(len(images) for images in self._grid)
+        self._grid.append(outputs[: max(0, missing)].cpu())
+        self._written += len(outputs)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """The grid of the images of the first process, and where everything is."""
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The grid of the first images of the first process, and where everything is."""
+        written = torch.tensor(self._written, device=pl_module.device)
+        total = int(trainer.strategy.reduce(written, reduce_op="sum"))
         if trainer.is_global_zero and self._grid:
-            images = torch.cat(self._grid)
-            save_png(image_grid(images[: self.columns**2], self.columns, self.scale), Path(self.output_dir, "grid.png"))
-            rank_zero_info(f"{len(images)} images and grid.png are in '{self.output_dir}'")
+            save_png(image_grid(torch.cat(self._grid), self.columns, self.scale), Path(self.output_dir, "grid.png"))
+            rank_zero_info(f"{total} images and grid.png are in '{self.output_dir}'")

@@ -29,12 +29,15 @@ class FolderImages(Dataset[Tensor]):
         image_channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        ValueError: the folder is missing or holds no image file; when it is read, a file that is damaged.
+        ValueError: a number outside its range; the folder is missing or holds no image file; when it is read, a file
+            that is damaged.
     """
 
     def __init__(self, root: str | Path, image_size: int, image_channels: int = 3) -> None:
         if image_channels not in (1, 3):
             raise ValueError(f"image_channels must be 1 (grey) or 3 (RGB), got {image_channels}.")
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         if not Path(root).is_dir():
             raise ValueError(f"There is no image folder '{root}'; give the folder that holds the real images.")
         self.files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.files import not_here
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
 # Beside the folders `unet` and `scheduler` of a class-conditional model: {"null_label": ..., ...}.
@@ -112,8 +113,8 @@ class DiffusersDenoiser(Denoiser):
         folder = Path(pretrained_path)
         if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
             raise ValueError(
-                f"No diffusion model in '{pretrained_path}': there is no such folder. Give a folder written by a "
-                "diffusers pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
+                f"No diffusion model in '{pretrained_path}': {not_here()}. Give a folder written by a diffusers "
+                "pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
             )
         modes = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
         if compile_mode is not None and compile_mode not in modes:
@@ -124,7 +125,10 @@ class DiffusersDenoiser(Denoiser):
                 null_label = int(json.loads((folder / CLASSES_NAME).read_text())["null_label"])
         except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}") from error
+            asked = "" if folder.is_dir() else f" (The hub was asked, for {not_here()}.)"
+            raise ValueError(
+                f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}{asked}"
+            ) from error
         schedule = NoiseSchedule.from_scheduler(scheduler)
         if compile_mode is not None:
             unet.compile(mode=compile_mode)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddss_lightning.features.base import FeatureExtractor
-from ddss_lightning.files import replacing
+from ddss_lightning.files import not_here, replacing
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -43,6 +43,10 @@ def load_features(pretrained_path: str | Path, *classes: type[FeaturesT]) -> Fea
     """
     folder, known = Path(pretrained_path), {cls.__name__: cls for cls in classes}
     names = " or ".join(known)
+    if not folder.is_dir():
+        raise ValueError(
+            f"No feature network in '{folder}': {not_here()}. Give a folder that `save_pretrained` of {names} wrote."
+        )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(
