@@ -45,7 +45,7 @@ def load_features(pretrained_path: str | Path, *classes: type[FeaturesT]) -> Fea
     names = " or ".join(known)
     if not folder.is_dir():
         raise ValueError(
-            f"No feature network in '{folder}': {not_here()}. Give a folder that `save_pretrained` of {names} wrote."
+            f"No feature network in '{folder}': {not_here()}. Give the folder written by `save_pretrained` of {names}."
         )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
