@@ -111,7 +111,7 @@ class Coefficients:
         """All numbers as nested lists, exact: for JSON."""
         return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
 
-    def with_marginal_pair(self, prediction_type: PredictionType, sigma_data: float = 1.0) -> Coefficients:
+    def with_marginal_pair(self, prediction_type: PredictionType, sigma_data: float) -> Coefficients:
         """The same sampler with the pair of Theorem 1: `prediction_pair` at each state's marginal (a_k, v_k^(1/2)).
 
         The weights of x_k and of the output in each update stay; mu_kk and nu_k are split anew. Not differentiable.

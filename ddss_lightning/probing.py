@@ -354,7 +354,8 @@ def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # 
     # x0_hat = output, so that nu is the weight of the output, until the pair is split off.
     pred = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(timesteps), 2)
     plain = Coefficients(weights, output_weight, std, pred, timesteps, prior, init_noise_sigma=rows[0, 0])
-    return plain.with_marginal_pair(cast(PredictionType, scheduler_prediction_type(scheduler))).validate()
+    predicts = cast(PredictionType, scheduler_prediction_type(scheduler))
+    return plain.with_marginal_pair(predicts, schedule.sigma_data).validate()
 
 
 def _verify(
