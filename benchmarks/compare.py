@@ -70,8 +70,8 @@ def main() -> None:
 
     flags = ["-c", "recipes/digits_5.yaml", "--steps", "5", "10", "20", "--samplers", *LEARNED]
     flags += [f"--{name}={getattr(options, name)}" for name in ("num_images", "selection_images", "output")]
-    recipe, settings, others = compare_file.parse(flags)
-    cli = command_line(["--config", recipe, *others], run=False)
+    recipes, settings, others = compare_file.parse(flags)
+    cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)
 
     clock = Clock()
     clock.watch("denoiser", cli.model.denoiser, "forward")

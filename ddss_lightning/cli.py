@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -66,10 +67,11 @@ class SaveConfig(SaveConfigCallback):
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
-        if folder and Path(folder, self.config_filename).exists() and not self.overwrite and trainer.is_global_zero:
-            raise ValueError(
-                f"'{folder}' holds a run; go on with it by --ckpt_path=last, or give another --trainer.logger.version."
-            )
+        held = folder is not None and not self.overwrite and Path(folder, self.config_filename).exists()
+        # All processes stop, or none.
+        if trainer.strategy.broadcast(held):
+            go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
+            raise ValueError(f"'{folder}' holds a run; {go_on}give another --trainer.logger.version.")
         if not self.overwrite or stage != "fit":
             super().setup(trainer, pl_module, stage)
 
@@ -149,14 +151,14 @@ class DDSSCommandLine(LightningCLI):
                 "--ckpt_path=last goes on in the folder of a run, and without a name each run has a new one; give a "
                 "name: --trainer.logger.version=NAME."
             )
-        path = Path(named) / "last.ckpt" if named else Path(self.trainer.log_dir or self.trainer.default_root_dir, LAST)
-        if path.is_file():
+        # Where Lightning will look for it.
+        if any(each._find_last_checkpoints(self.trainer) for each in _checkpoint_callbacks(self.trainer)):
             self.quality.overwrite = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveConfig):
                     callback.overwrite = True
         else:
-            rank_zero_info(f"there is no '{path}' yet: a new fit")
+            rank_zero_info("there is no checkpoint in the folder of the run yet: a new fit")
             self.config_init[self.subcommand]["ckpt_path"] = None
 
     def before_predict(self) -> None:
@@ -173,12 +175,16 @@ class DDSSCommandLine(LightningCLI):
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""
 
 
+def _checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]  # type: ignore[attr-defined]
+
+
 def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may give
     """Whether a logger, as it was configured, logs each run in another folder."""
     if isinstance(logger, list):
         return bool(logger) and _makes_new_folders(logger[0])
     options = logger.get("init_args", {}) if hasattr(logger, "get") else {}
-    return logger is True or ("version" in options and options["version"] is None)
+    return logger in (None, True) or ("version" in options and options["version"] is None)
 
 
 def _one_line(error: Exception) -> str:
@@ -232,8 +238,7 @@ def main(args: list[str] | None = None) -> None:
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
         elif args and args[0] == "compare":
             recipes, settings, others = parse(args[1:])
-            configs = [part for recipe in recipes for part in ("--config", recipe)]
-            cli = command_line([*configs, *others], run=False)
+            cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)
             compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
             command_line(args)

@@ -6,6 +6,7 @@ import torch
 
 from ddss_lightning.features import DenoiserFeatures
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.losses import InFeatures
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.replay import Replay
 
@@ -16,13 +17,15 @@ def calls_per_step(module: DDSSModule) -> int:
     A call counts as one, so does a gradient with respect to its input; a call that is made again in the backward pass
     (`remat`, `microbatch_size`) is not counted again. For B = `batch_size` images and K steps an Adam step is
     B (2 K - 1) calls: the first call of a chain needs no gradient, unless its start noise moves (`relax_radius`); and
-    2 B where the loss has the network's own features (`DenoiserFeatures`). For a Gauss-Newton step see
-    `difference_calls`, besides `residual_images` and, for the present sampler and each damping, `trial_images`.
+    2 B for each loss of the network's own features (`DenoiserFeatures`) of generated images. For a Gauss-Newton step
+    see `difference_calls`, besides `residual_images` and, for the present sampler and each damping, `trial_images`.
     """
     num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
     if method is None:
         relaxed = module.teacher is not None and module.needs_teacher and module.teacher.relax_radius > 0
-        own = sum(isinstance(part, DenoiserFeatures) for part in module.loss.modules())
+        networks = [module.features] if "features" in module.loss.needs else []
+        networks += [part.features for part in module.loss.modules() if isinstance(part, InFeatures)]
+        own = sum(isinstance(network, DenoiserFeatures) for network in networks)
         return batch_size * (2 * num_steps - (0 if relaxed else 1) + 2 * own)
     images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
     return difference_calls(module.sampler) * batch_size + images * num_steps

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
@@ -153,6 +154,7 @@ class DDSSModule(SamplingModule):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._skipped_step = -1
+        self._schedule: LambdaLR | None = None
         # x'_T - x_T of each pair, in main memory, and what they become if the step is taken.
         self._offsets: Tensor | None = None
         self._moved: tuple[list[int], Tensor] | None = None
@@ -248,7 +250,7 @@ class DDSSModule(SamplingModule):
 
         size = self.microbatch_size or self.batch_size
         parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
-        learned = list(self.sampler.parameters())
+        learned = [value for value in self.sampler.parameters() if value.requires_grad]
         leaves = [*learned, x_T] if x_T.requires_grad else learned
         loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
         self._plan_start_noise(*gradients[len(learned) :])
@@ -489,8 +491,8 @@ class DDSSModule(SamplingModule):
             decay = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
             return min(1.0, (step + 1) / (self.warmup_steps + 1)) * decay
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self._schedule = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def _check_accumulation(self) -> None:
         """The gradient of a step is that of one batch, whose noise is a function of the step.
@@ -510,13 +512,13 @@ class DDSSModule(SamplingModule):
 
     def _renew_rates(self) -> None:
         """A checkpoint brings back the learning rates of its fit; those of this module hold."""
-        for config in self.trainer.lr_scheduler_configs:
-            schedule: Any = config.scheduler
-            groups = schedule.optimizer.param_groups
-            schedule.base_lrs = [self.time_lr if group["name"] == "times" else self.lr for group in groups]
-            for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                rates = {"initial_lr": rate, "lr": rate * factor(schedule.last_epoch), "betas": self.betas}
-                group.update(rates)
+        schedule = self._schedule
+        if schedule is None or schedule not in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
+            return
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [self.time_lr if group["name"] == "times" else self.lr for group in groups]
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group.update(initial_lr=rate, lr=rate * factor(schedule.last_epoch), betas=self.betas)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -533,7 +535,8 @@ class DDSSModule(SamplingModule):
         """Note, too, what the loss and the start noise became, and how many steps were skipped."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["compared"] = self._compared()
-        checkpoint["loss_memory"] = {name: part.memory() for name, part in every_loss(self.loss).items()}
+        memories = {name: part.memory() for name, part in every_loss(self.loss).items()}
+        checkpoint["loss_memory"] = {name: memory for name, memory in memories.items() if memory}
         if self._offsets is not None:
             checkpoint["start_noise_offsets"] = self._offsets
         checkpoint["num_skipped"] = self.num_skipped
@@ -560,8 +563,14 @@ class DDSSModule(SamplingModule):
                 "started with."
             )
         if not other:
-            for name, part in every_loss(self.loss).items():
-                part.restore(checkpoint.get("loss_memory", {}).get(name, {}))
+            losses, memories = every_loss(self.loss), checkpoint.get("loss_memory", {})
+            if memories.keys() - losses.keys():
+                raise ValueError(
+                    "The checkpoint holds the memory of its loss in the form of an older version; start anew from its "
+                    "sampler with --pretrained_sampler."
+                )
+            for name, part in losses.items():
+                part.restore(memories.get(name, {}))
             self._offsets = checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

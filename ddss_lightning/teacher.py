@@ -29,10 +29,11 @@ FORMAT_VERSION = 2
 class TeacherPairs:
     r"""The teacher of a `TeacherLoss`: x_T, by index, and the image that a deterministic sampler makes of it.
 
-    The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, the teacher's coefficients and
-    the seed. A file is there whole or not at all: an interrupted run goes on with those that are missing, a larger
-    `num_pairs` makes only the new ones, and several processes share the work. Noise is drawn again when it is needed,
-    by (seed, index), apart from all other noise.
+    The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, what the teacher's
+    coefficients follow from (its arguments, an outline of the schedule, the version of diffusers), and the seed. A file
+    is there whole or not at all: an interrupted run goes on with those that are missing, a larger `num_pairs` makes
+    only the new ones, and several processes share the work. Noise is drawn again when it is needed, by (seed, index),
+    apart from all other noise.
 
     A step takes its global batch from permutations of the pairs that are a function of (seed, epoch), each pair at most
     once in an epoch: a fit is the same on any number of processes and however often it is resumed.
@@ -132,7 +133,10 @@ class TeacherPairs:
         config = dict(self.sampler(denoiser).config)
         anchor = config["anchor"]
         if isinstance(anchor, dict) and "class_path" in anchor:
-            config["anchor"] = {name: value for name, value in anchor.items() if name != "coefficients"}
+            import diffusers
+
+            anchor = {name: value for name, value in anchor.items() if name != "coefficients"}
+            config["anchor"] = {**anchor, "diffusers": diffusers.__version__}
         return config
 
     def folder(self, denoiser: Denoiser) -> Path:
@@ -261,7 +265,10 @@ def _digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON holds
 
 
 def _outline(schedule: NoiseSchedule) -> list[Any]:
-    """What tells schedules apart, the same on every processor: few numbers, so that none is near a tie of rounding."""
-    times = torch.linspace(float(schedule.grid[0]), float(schedule.grid[-1]), 5).to(schedule.grid)
-    logsnrs = schedule.logsnr(times).tolist()
-    return [len(schedule.grid), schedule.scaling, schedule.sigma_data, [round(value, 2) for value in logsnrs]]
+    """What tells schedules apart, the same on every processor but for ties of rounding, which are rare.
+
+    Few numbers, and none near the image, where what diffusers computes in float32 has the fewest right digits.
+    """
+    places = torch.tensor([0.1, 0.25, 0.5, 0.75, 1.0]).to(schedule.grid)
+    logsnrs = schedule.logsnr(torch.lerp(schedule.grid[0], schedule.grid[-1], places)).tolist()
+    return [len(schedule.grid), schedule.scaling, schedule.sigma_data, [round(value, 3) for value in logsnrs]]

@@ -244,8 +244,11 @@ def main() -> None:
         parser.error(f"'{args.release}' holds a released sampler; give another folder or --overwrite.")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output: '{args.output}' is no folder; give another.")
-    unfinished = any(args.output.glob("logs/**/last.ckpt")) and not (args.output / "table.json").exists()
-    if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or unfinished):
+    # What is being learned there, until it is compared.
+    task, begun = {"recipe": Path(args.recipe).read_text(), "seed": args.seed}, args.output / "unfinished.json"
+    ours = not args.sampler and begun.is_file() and json.loads(begun.read_text()) == task
+    resumed = ours and any(args.output.glob("logs/*/demo/checkpoints/last.ckpt"))
+    if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or ours):
         parser.error(f"the output folder '{args.output}' is not empty; give another or --overwrite.")
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -260,12 +263,14 @@ def main() -> None:
         except ValueError as error:
             parser.error(f"--sampler: {error}")
     else:
-        if not unfinished:
+        if not resumed:
             # The recipe is sound: what it makes may take the place of what was there.
             command_line(["-c", args.recipe], run=False)
             for name in ("sampler", "logs", "table.md", "table.json", "samples.png"):
                 path = args.output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with replacing(begun) as partial:
+                partial.write_text(json.dumps(task))
         module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60
     started = time.time()
@@ -282,17 +287,19 @@ def main() -> None:
         "fid_of_real_images": sampling_floor(real, args.num_images),
         "ddpm_1000": reference_of(module.denoiser.name),
         "minutes_of_learning": minutes,
-        "resumed": unfinished,
+        "resumed": resumed,
         "minutes_of_comparing": (time.time() - started) / 60,
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU, torch {torch.__version__}",
     }
     write_table(rows, report, args.output, console)
     draw(rows, results, report, args.output / "samples.png")
+    if not args.sampler:
+        begun.unlink(missing_ok=True)
     if args.release:
         command = f"python recipes/demo.py --recipe {args.recipe} --seed {args.seed} --num_images {args.num_images}"
         release(report, command, args.output, args.release)
     if minutes is not None:
-        since = " since it was resumed" * unfinished
+        since = " since it was resumed" * resumed
         console.print(f"learned in {minutes:.1f} min{since}, compared in {report['minutes_of_comparing']:.1f} min")
     where = {
         "sampler": args.sampler or args.output / "sampler",

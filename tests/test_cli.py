@@ -340,8 +340,7 @@ def test_what_is_called_last_but_is_not_there_starts_afresh_and_overwrites_nothi
     error = error_of(capsys, quick("fit", tmp_path, *flags, f"--quality.dirpath={best}"))
     assert "already holds a sampler" in error
     assert (best / "sampler.json").read_bytes() == before
-    last = tmp_path / "digits_5" / "night" / "checkpoints" / "last.ckpt"
-    assert f"there is no '{last}' yet: a new fit" in caplog.text
+    assert "there is no checkpoint in the folder of the run yet: a new fit" in caplog.text
     # The folder of the checkpoint has a name of its own: that of the logs need not have one.
     flags = [f"--interruption.dirpath={tmp_path / 'states'}", "--ckpt_path=last"]
     main(quick("fit", tmp_path, *flags))
@@ -372,5 +371,11 @@ def test_predicted_images_take_the_place_of_those_before_and_are_not_kept_in_mem
         assert grid.width < 2 * 4 * image.width
 
 
-def test_max_steps_of_zero_scores_the_start(tmp_path):
+def test_a_fit_of_no_steps_keeps_nothing(tmp_path):
     main(quick("fit", tmp_path, "--trainer.max_steps=0"))
+    assert not list(tmp_path.rglob("sampler.json"))
+
+
+def test_a_logger_that_is_left_out_makes_a_new_folder_for_each_run(tmp_path, capsys):
+    error = error_of(capsys, ["fit", "-c", RECIPE, *QUICK, "--trainer.logger=null", "--ckpt_path=last"])
+    assert "give a name: --trainer.logger.version=NAME" in error

@@ -63,8 +63,17 @@ def test_an_interrupted_demo_goes_on(demo, tmp_path, monkeypatch, caplog):
         with pytest.raises(KeyboardInterrupt):
             demo()
     sampler = everything(tmp_path / "out" / "sampler")
+    # A sampler that is measured there meanwhile, and another seed, do not go on with it.
+    with pytest.raises(SystemExit):
+        demo("--sampler", tmp_path / "out" / "sampler")
+    with pytest.raises(SystemExit):
+        demo("--seed", 1)
     # As `make demo`.
     demo("--overwrite")
     assert "Restored all states from the checkpoint" in caplog.text
     assert everything(tmp_path / "out" / "sampler") == sampler
     assert (tmp_path / "out" / "table.md").is_file()
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+    caplog.clear()
+    demo("--overwrite", "--seed", 1)
+    assert "Restored" not in caplog.text

@@ -52,7 +52,7 @@ ALLOWED = {
         "teacher",
     },
     "callbacks": {"features", "files", "ggdm", "images", "metrics", "pictures", "precision", "sampling", "signals"},
-    "cost": {"features", "ggdm", "module", "replay"},
+    "cost": {"features", "ggdm", "losses", "module", "replay"},
     "commands": {"ggdm", "pictures", "scheduler"},
     "compare": {
         "callbacks",

@@ -613,3 +613,22 @@ def test_a_device_without_float64_is_refused_with_the_remedy():
     module._trainer = SimpleNamespace(strategy=strategy, precision="32-true")
     with pytest.raises(ValueError, match=r"'mps', which has no float64.* use accelerator='cpu'"):
         module.setup("fit")
+
+
+def test_a_correction_that_is_held_stays(tmp_path):
+    module = make()
+    module.sampler.corrections["nu"].requires_grad_(False)
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    assert not module.sampler.corrections["nu"].any()
+    assert module.sampler.corrections["mu"].any()
+
+
+def test_memory_of_an_older_version_is_refused(tmp_path):
+    make_it = lambda: make(loss=WeightedSum({"frechet": FrechetLoss()}))  # noqa: E731
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    trainer(tmp_path, 1, callbacks=[keep], limit_val_batches=0).fit(make_it(), data())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    saved["loss_memory"] = {f"frechet.{name}": value for name, value in saved["loss_memory"]["losses.frechet"].items()}
+    torch.save(saved, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="memory of its loss in the form of an older version"):
+        trainer(tmp_path, 2).fit(make_it(), data(), ckpt_path=tmp_path / "old.ckpt")

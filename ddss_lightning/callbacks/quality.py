@@ -399,7 +399,11 @@ class SampleQuality(Callback):
 
     def _keep_unscored(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
         """Without validation the last sampler is all there is."""
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if not trainer.global_step or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        if (folder / CARD_NAME).exists() and not self.overwrite:
+            rank_zero_warn(f"Nothing was validated, and '{folder}' holds a sampler already: the last one is not saved.")
+        else:
             scores = {"training_step": trainer.global_step, "seed": module.seed}
             module.averaged.save_pretrained(folder, _base_model(module), scores, overwrite=True)
             rank_zero_warn(f"Nothing was validated: the last sampler is saved in '{folder}', without scores.")
