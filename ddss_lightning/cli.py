@@ -45,10 +45,6 @@ def _prediction_type(denoiser: Denoiser) -> str:
     return denoiser.prediction_type
 
 
-# In the folder of a run.
-LAST = "checkpoints/last.ckpt"
-
-
 class SaveConfig(SaveConfigCallback):
     """Keeps the recipe of a run beside its logs; of a run that goes on, from a checkpoint in its folder, the last.
 
@@ -130,7 +126,9 @@ class DDSSCommandLine(LightningCLI):
                 "sampler: --pretrained_sampler."
             )
         if checkpoint and Path(checkpoint).is_dir():
-            raise ValueError(f"--ckpt_path: '{checkpoint}' is a folder; give a file, such as its {LAST}.")
+            raise ValueError(
+                f"--ckpt_path: '{checkpoint}' is a folder; give a file, such as its checkpoints/last.ckpt."
+            )
         if folder and checkpoint:
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
         super().instantiate_classes()
@@ -152,7 +150,8 @@ class DDSSCommandLine(LightningCLI):
                 "name: --trainer.logger.version=NAME."
             )
         # Where Lightning will look for it.
-        if any(each._find_last_checkpoints(self.trainer) for each in _checkpoint_callbacks(self.trainer)):
+        keepers = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        if any(keeper._find_last_checkpoints(self.trainer) for keeper in keepers):
             self.quality.overwrite = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveConfig):
@@ -173,10 +172,6 @@ class DDSSCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""
-
-
-def _checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]  # type: ignore[attr-defined]
 
 
 def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may give

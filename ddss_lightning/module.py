@@ -167,7 +167,7 @@ class DDSSModule(SamplingModule):
     # ------------------------------------------------------------------------------------------------- learning
 
     def on_train_start(self) -> None:
-        """Give the loss its real features, and make the teacher's images that are missing.
+        """Give the loss its real features, make the teacher's images that are missing, and set the learning rates.
 
         Raises:
             ValueError: a loss with a memory, on several processes that each see a loss of their own.

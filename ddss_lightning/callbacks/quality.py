@@ -110,6 +110,8 @@ class SampleQuality(Callback):
     batch that is under way, and with it the process. The best sampler is written whenever it improves, and is the
     module's sampler when fit ends.
 
+    A fit that is never validated ends with its last sampler in that folder, without scores.
+
     With a `tolerance` it is the last sampler whose score is about the best, which has had the most of what the score
     does not see: the other terms of the loss.
 
