@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
 from ddss_lightning.probing import build_scheduler, probe, scheduler_steps
 from ddss_lightning.schedule import NoiseSchedule
-from ddss_lightning.solvers import Solver, anchor_formula, ddim_noise_angles, stride_timesteps
+from ddss_lightning.solvers import (
+    Solver,
+    anchor_formula,
+    ddim_noise_angles,
+    ggdm_form,
+    solver_form,
+    stride_timesteps,
+)
+
+# C, B and Q of `solver_form`.
+SOLVER_FORM = ("state_weights", "predictions", "past_noise")
 
 
 class FormulaAnchor(nn.Module):
@@ -53,24 +63,25 @@ class FormulaAnchor(nn.Module):
     def coefficients(self, log_factors: Tensor, angles: Tensor, offsets: Tensor) -> Coefficients:
         """The solver's formula at moved half log-SNRs, with moved noise angles, see `anchor_formula`, and times."""
         logsnrs = self.logsnrs(log_factors)
-        mu, nu, std = anchor_formula(self.solver, self.schedule, logsnrs, self.angles_0 + angles)
+        mu, nu, std, past_noise = anchor_formula(self.solver, self.schedule, logsnrs, self.angles_0 + angles)
         alpha, sigma = self.schedule.scales(logsnrs)
         pred = prediction_pair(self.prediction_type, alpha, sigma, self.schedule.sigma_data)
         timesteps = self._timesteps(logsnrs, offsets)
-        return Coefficients(mu, nu, std, pred, timesteps, prior=torch.stack([alpha[0], sigma[0]]))
+        prior = torch.stack([alpha[0], sigma[0]])
+        return Coefficients(mu, nu, std, pred, timesteps, prior, past_noise=past_noise)
 
 
 class ImportedAnchor(nn.Module):
     r"""A sampler given by its numbers, for example those of a diffusers scheduler. They stay; corrections move.
 
-    Noise moves so that the marginals of a one-step sampler stay (a multistep one sees the noise again where it
-    uses earlier states): with E_k = (update without noise) - a_{k+1} x0_hat_k, whose standard
+    Noise moves so that the marginals stay: with E_k = (update without its own noise) - a_{k+1} x0_hat_k, whose standard
     deviation is v_{k+1}^{1/2} cos(theta_k) where std_k = v_{k+1}^{1/2} sin(theta_k),
 
     .. math::
         x_{k+1} = a_{k+1} \hat x_0^{(k)} + \frac{\cos \theta'_k}{\cos \theta_k} E_k
-        + v_{k+1}^{1/2} |\sin \theta'_k| z_k, \qquad \theta'_k = \theta_k + \mathrm{angle}_k.
+        + v_{k+1}^{1/2} |\sin \theta'_k| z_k, \qquad \theta'_k = \theta_k + \mathrm{angle}_k,
 
+    written with past predictions (`solver_form`), which the noise that is added between does not change.
     A step that is all noise (theta_k = pi/2, as in LCM) is a stationary point: its noise is not learned.
 
     Args:
@@ -83,6 +94,9 @@ class ImportedAnchor(nn.Module):
 
     a: Tensor
     marginal_std: Tensor
+    state_weights: Tensor
+    predictions: Tensor
+    past_noise: Tensor
 
     def __init__(self, coefficients: Coefficients, schedule: NoiseSchedule) -> None:
         super().__init__()
@@ -91,8 +105,11 @@ class ImportedAnchor(nn.Module):
         for name, value in vars(coefficients.detach()).items():
             self.register_buffer(f"{name}_0", value.double(), persistent=False)
         a, marginal_std = coefficients.detach().marginals()
-        self.register_buffer("a", a[1:-1], persistent=False)
+        self.register_buffer("a", a[1:], persistent=False)
         self.register_buffer("marginal_std", marginal_std[1:-1], persistent=False)
+        solver = solver_form(coefficients.detach())
+        for name, value in zip(SOLVER_FORM, solver, strict=True):
+            self.register_buffer(name, value, persistent=False)
 
     def start(self) -> Coefficients:
         """The numbers as they were given."""
@@ -123,16 +140,20 @@ class ImportedAnchor(nn.Module):
         # A step that is all noise has no other part to stretch.
         ratio = torch.where(angles_0.cos() > 1e-6, moved.cos() / angles_0.cos(), 1.0)
         std = self.marginal_std * torch.where(moved >= 0, moved, -moved).sin()
-        ratio = torch.nn.functional.pad(ratio, (0, 1), value=1.0)
-        a = torch.nn.functional.pad(self.a, (0, 1))
-        return Coefficients(
-            mu=ratio[:, None] * start.mu,
-            nu=ratio * start.nu + (1 - ratio) * a,
+        ratio = torch.nn.functional.pad(ratio, (0, 1), value=1.0)[:, None]
+        mu_0, _, past_0 = ggdm_form(self.state_weights, self.predictions, self.past_noise)
+        mu, nu, past = ggdm_form(
+            ratio * self.state_weights,
+            ratio * self.predictions + torch.diag((1 - ratio[:, 0]) * self.a),
+            ratio * self.past_noise,
+        )
+        # What has not moved stays to the last bit.
+        return replace(
+            start,
+            mu=start.mu + mu - mu_0,
+            nu=nu,
             std=torch.nn.functional.pad(std, (0, 1)),
-            pred=start.pred,
-            timesteps=start.timesteps,
-            prior=start.prior,
-            init_noise_sigma=start.init_noise_sigma,
+            past_noise=torch.where(start.std != 0, start.past_noise + past - past_0, past),
         )
 
 

@@ -6,6 +6,8 @@ time index t = T (noise), T-1, ..., 0 (image), T = K           | state index k =
 mu_tu, weight of x_u in the mean of x_t, u > t                  | mu[k, j], weight of x_j in x_{k+1}, j <= k
 mu_t0, weight of x_0 in the mean of x_t                         | nu[k], weight of x0_hat in x_{k+1}
 sigma_t, noise added                                           | std[k] (sigma is kept for marginals)
+(not there)                                                    | past_noise[k, j], weight in x_{k+1} of the noise of
+                                                               | step j < k: a noisy multistep solver takes it out
 a_t, v_t, marginal scale and variance                          | a[k], marginal std v[k]**0.5
 x0_hat(x_t, eps), "+PRED" when learned                          | pred[k]: x0_hat = pred[k,0] x_k + pred[k,1] output
 time given to the network, "+TIME" when learned                 | timesteps[k]
@@ -35,7 +37,11 @@ class Coefficients:
 
     .. math::
         \hat x_0^{(k)} &= \mathrm{pred}_{k0} x_k + \mathrm{pred}_{k1} \, \mathrm{net}(x_k, \mathrm{timestep}_k) \\
-        x_{k+1} &= \sum_{j \le k} \mu_{kj} x_j + \nu_k \hat x_0^{(k)} + \mathrm{std}_k z_k, \qquad k = 0, \dots, K-1
+        x_{k+1} &= \sum_{j \le k} \mu_{kj} x_j + \nu_k \hat x_0^{(k)} + n_k
+        + \sum_{j < k} \mathrm{past}_{kj} n_j, \qquad n_k = \mathrm{std}_k z_k, \quad k = 0, \dots, K-1
+
+    The last sum is not in the paper. A multistep solver uses past predictions, which a GGDM has as combinations of
+    the states after them; noise that was added to those states must then be taken out again (see `ggdm_form`).
 
     Args:
         mu: weights of the states, shape (K, K), lower triangular (diagonal included).
@@ -46,6 +52,7 @@ class Coefficients:
         prior: (alpha, sigma) of the first state, shape (2,): the marginal from which Theorem 1 starts.
         init_noise_sigma: scale of the noise that is the first state, shape (): 1 but for samplers that were imported
             from schedulers which scale the network's input.
+        past_noise: weights of the noises of earlier steps, shape (K, K), strictly lower triangular. Default: zeros.
     """
 
     mu: Tensor
@@ -55,6 +62,12 @@ class Coefficients:
     timesteps: Tensor
     prior: Tensor
     init_noise_sigma: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    past_noise: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        # A zero without dimensions, the default, stands for all of them.
+        if self.past_noise.ndim == 0:
+            object.__setattr__(self, "past_noise", torch.zeros_like(self.mu))
 
     @property
     def num_steps(self) -> int:
@@ -76,6 +89,7 @@ class Coefficients:
             "timesteps": (num_steps,),
             "prior": (2,),
             "init_noise_sigma": (),
+            "past_noise": (num_steps, num_steps),
         }
         for name, shape in shapes.items():
             value: Tensor = getattr(self, name)
@@ -85,6 +99,8 @@ class Coefficients:
                 raise ValueError(f"{name} holds numbers that are not finite: {value.detach()}.")
         if self.mu.triu(1).any():
             raise ValueError("mu must be lower triangular: a state can only depend on the states before it.")
+        if self.past_noise.triu().any():
+            raise ValueError("past_noise must be strictly lower triangular: it weighs the noise of earlier steps.")
         if self.std[-1] != 0:
             raise ValueError(f"The last step makes the image and adds no noise, got std[-1] = {float(self.std[-1])}.")
         if (self.std < 0).any():
@@ -99,7 +115,7 @@ class Coefficients:
             ValueError: a part is missing, unknown or not made of numbers, or it is not a sampler, see `validate`.
         """
         names = {each.name for each in fields(cls)}
-        if numbers.keys() - names or (names - {"init_noise_sigma"}) - numbers.keys():
+        if numbers.keys() - names or (names - {"init_noise_sigma", "past_noise"}) - numbers.keys():
             raise ValueError(f"The numbers of a sampler are {sorted(names)}, got {sorted(numbers)}.")
         try:
             tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
@@ -108,8 +124,9 @@ class Coefficients:
         return cls(**tensors).validate()
 
     def to_lists(self) -> dict[str, Any]:
-        """All numbers as nested lists, exact: for JSON."""
-        return {each.name: getattr(self, each.name).tolist() for each in fields(self)}
+        """All numbers as nested lists, exact: for JSON. `past_noise` is left out where there is no such noise."""
+        unused = set() if (self.past_noise * self.std).any() else {"past_noise"}
+        return {each.name: getattr(self, each.name).tolist() for each in fields(self) if each.name not in unused}
 
     def with_marginal_pair(self, prediction_type: PredictionType, sigma_data: float) -> Coefficients:
         """The same sampler with the pair of Theorem 1: `prediction_pair` at each state's marginal (a_k, v_k^(1/2)).
@@ -129,7 +146,7 @@ class Coefficients:
             mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
             marginal[k + 1] = mu[k] @ marginal[:-1]
             marginal[k + 1, 0] += nu[k]
-            marginal[k + 1, k + 2] += current.std[k]
+            marginal[k + 1, 2:] += self.noise_weights()[k]
         return replace(current, mu=mu, nu=nu, pred=pred)
 
     def problems(self) -> list[str]:
@@ -179,22 +196,26 @@ class Coefficients:
         Returns:
             a and the standard deviation v^(1/2), both of shape (K + 1,).
         """
-        return marginals(self.mu, self.nu, self.std, self.prior)
+        return marginals(self.mu, self.nu, self.noise_weights(), self.prior)
+
+    def noise_weights(self) -> Tensor:
+        """Weights of z_0, ..., z_{K-1} in each update, shape (K, K): (1 + past_noise) diag(std), lower triangular."""
+        return torch.diag(self.std) + self.past_noise * self.std
 
 
-def marginals(mu: Tensor, nu: Tensor, std: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def marginals(mu: Tensor, nu: Tensor, noise_weights: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     r"""Theorem 1 in one triangular solve.
 
-    The stacked states are x = M x + nu x_0 + diag(std) z with M strictly lower triangular, hence
+    The stacked states are x = M x + nu x_0 + N z with M strictly lower triangular, hence
 
-    .. math:: a = (I - M)^{-1} \nu, \qquad v = \mathrm{rowsum} \left( ((I - M)^{-1} \mathrm{diag}(std))^2 \right)
+    .. math:: a = (I - M)^{-1} \nu, \qquad v = \mathrm{rowsum} \left( ((I - M)^{-1} N)^2 \right)
 
-    where row 0 is the prior: nu_0 = alpha and std_0 = sigma of the first timestep. Differentiable.
+    where row 0 is the prior: nu_0 = alpha and N_00 = sigma of the first timestep. Differentiable.
 
     Args:
         mu: shape (K, K), lower triangular.
         nu: shape (K,).
-        std: shape (K,).
+        noise_weights: shape (K, K), lower triangular; the paper's are diag(std). See `Coefficients.noise_weights`.
         prior: (alpha, sigma), shape (2,).
 
     Returns:
@@ -208,9 +229,9 @@ def marginals(mu: Tensor, nu: Tensor, std: Tensor, prior: Tensor) -> tuple[Tenso
     identity = torch.eye(num_states, dtype=torch.float64, device=mu.device)
     system = identity - torch.nn.functional.pad(mu.double(), (0, 1, 1, 0))
     drift = torch.cat([prior[:1], nu]).double()
-    noise = torch.cat([prior[1:], std]).double()
+    noise = torch.block_diag(prior[1:], noise_weights).double()
     solution = torch.linalg.solve_triangular(
-        system, torch.cat([drift[:, None], torch.diag(noise)], dim=1), upper=False, unitriangular=True
+        system, torch.cat([drift[:, None], noise], dim=1), upper=False, unitriangular=True
     )
     return solution[:, 0], torch.linalg.vector_norm(solution[:, 1:], dim=1)
 

@@ -80,7 +80,9 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "DEIS 3": _imported("DEISMultistepScheduler", solver_order=3),
     "DPM-Solver++ 2M": _formula("dpmpp_2m") + _imported("DPMSolverMultistepScheduler", OTHERS, quadratic=False),
     "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", solver_order=3),
+    "DPM-Solver++ 2M SDE": _imported("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
     "DPM-Solver++ 2S": _imported("DPMSolverSinglestepScheduler", (None,), solver_order=2),
+    "SA-Solver": _imported("SASolverScheduler"),
     "UniPC 2": _imported("UniPCMultistepScheduler", solver_order=2),
     "UniPC 3": _imported("UniPCMultistepScheduler", solver_order=3),
 }

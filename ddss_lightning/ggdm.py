@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
-from ddss_lightning.coefficients import Coefficients, PredictionType, marginals, prediction_pair
+from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
 from ddss_lightning.files import replacing
 from ddss_lightning.probing import probe
 from ddss_lightning.remat import Remat
@@ -31,7 +31,8 @@ DEGREES: tuple[Degree, ...] = get_args(Degree)
 
 CARD_NAME = "sampler.json"
 WEIGHTS_NAME = "sampler.safetensors"
-FORMAT_VERSION = 1
+# 2: noise that a multistep solver's states hold is taken out of its past predictions, see `ggdm_form`.
+FORMAT_VERSION = 2
 
 
 class GGDMSampler(nn.Module):
@@ -41,8 +42,8 @@ class GGDMSampler(nn.Module):
 
     - `mu`, shape (K(K+1)/2,): corrections to the weights of the states;
     - `nu`, shape (K,): corrections to the weights of the predicted images;
-    - `std`, shape (K - 1,): anchored: change of the noise angle theta_k, where std_k = sigma_{k+1} |sin theta_k|;
-      ggdm: change of std_k itself;
+    - `std`, shape (K - 1,): anchored: change of the noise angle theta_k, where std_k = sigma_{k+1} |sin theta_k|, with
+      the solver's marginals kept; ggdm: change of std_k itself;
     - `pred`, shape (K, 2): corrections to the pair that turns (x_k, output) into x0_hat (+PRED);
     - `time`, shape (K - 1,): offsets, in half log-SNR, of the times shown to the network (+TIME), for `ddim` and
       `dpmpp_2m` monotone by a running maximum. The first call stays where it is: its input is pure noise, the end of
@@ -298,11 +299,12 @@ class GGDMSampler(nn.Module):
         if not anchored and "std" in self.corrections:
             free = std[:-1] + self.corrections["std"]
             std = torch.nn.functional.pad(torch.where(free >= 0, free, -free), (0, 1))
+        moved = dataclasses.replace(start, mu=mu, nu=nu, std=std)
         if not anchored and "pred" not in self.corrections:
-            a, marginal_std = marginals(mu, nu, std, start.prior)
+            a, marginal_std = moved.marginals()
             pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1], self.schedule.sigma_data)
         pred = pred + self._correction("pred")
-        return dataclasses.replace(start, mu=mu, nu=nu, std=std, pred=pred)
+        return dataclasses.replace(moved, pred=pred)
 
     def _constant_coefficients(self) -> Coefficients:
         """`coefficients()` without a gradient; those of the last time if what is learned has the same values.
@@ -435,6 +437,10 @@ class GGDMSampler(nn.Module):
         Args:
             pretrained_path: a local folder.
 
+        Returns:
+            The sampler. One of format 1 that adds noise to a multistep solver, whose past predictions saw the noise
+            again, has no anchor and nothing learned: it is given by its coefficients, so that it stays what it was.
+
         Raises:
             ValueError: a file is missing, damaged, of another sampler than the other, or written by a newer format.
         """
@@ -455,6 +461,13 @@ class GGDMSampler(nn.Module):
             # Files of older versions hold what has no numbers, too.
             learned = {k: value for k, value in tensors.items() if k.startswith("learned.") and value.numel()}
             sampler.load_state_dict({f"corrections.{name.removeprefix('learned.')}": v for name, v in learned.items()})
+            if card["format_version"] == 1 and sampler.coefficients().noise_weights().tril(-1).any():
+                saved = {
+                    k.removeprefix("coefficients."): v for k, v in tensors.items() if k.startswith("coefficients.")
+                }
+                sampler = cls.from_coefficients(
+                    schedule, Coefficients(**saved), (), prediction_type=sampler.config["prediction_type"]
+                )
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error
         return sampler
@@ -500,9 +513,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"The card '{path}' is damaged: {error}") from error
     if not isinstance(card, dict):
         raise ValueError(f"The card '{path}' is damaged: it is no JSON object.")
-    if card.get("format_version") != FORMAT_VERSION:
+    if card.get("format_version") not in (1, FORMAT_VERSION):
         raise ValueError(
-            f"'{path}' has format version {card.get('format_version')}, this package reads {FORMAT_VERSION}; "
+            f"'{path}' has format version {card.get('format_version')}, this package reads 1 and {FORMAT_VERSION}; "
             "install the version of ddss_lightning that wrote it."
         )
     missing = [name for name in ("config", "schedule", "base_model", "scores", "nfe") if name not in card]

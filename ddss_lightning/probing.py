@@ -131,8 +131,8 @@ def probe(
     r"""Coefficients and network times of a diffusers scheduler, exact.
 
     The rows r_k of the states that the network sees, after `scale_model_input`, satisfy r_{k+1} = sum_j A_kj r_j +
-    w_k e_k + std_k z_k. One triangular solve gives A; `Coefficients.with_marginal_pair` splits (A_kk, w_k) into mu_kk
-    and nu_k. The result is then run against the scheduler's own loop with a nonlinear
+    w_k e_k + sum_j N_kj z_j, N the `noise_weights`. One triangular solve gives A; `Coefficients.with_marginal_pair`
+    splits (A_kk, w_k) into mu_kk and nu_k. The result is then run against the scheduler's own loop with a nonlinear
     stand-in for the network: what is not linear, or not a GGDM, does not pass.
 
     Args:
@@ -143,8 +143,8 @@ def probe(
         step: further arguments of `step`, such as `eta`.
 
     Raises:
-        NotAGGDMError: a nonlinear option, a solver that is not a GGDM (noise and past predictions together, a stage of
-            weight zero), one that keeps a state of another kind.
+        NotAGGDMError: a nonlinear option, a solver that is not a GGDM (a stage of weight zero), one that keeps a state
+            of another kind.
         ValueError: one whose `step` needs more than the output, the timestep and the sample, or that cannot do so many
             steps, or whose own numbers are not finite.
     """
@@ -336,24 +336,21 @@ def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # 
     known = inputs[1:, :count].tril()
     weights = torch.linalg.solve_triangular(inputs[:-1, :count], known, upper=False, left=False).tril()
     output_weight = inputs[1:, 1:].diagonal()
-    left_over = noise[1:] - weights @ noise[:-1]
-    std = left_over.diagonal()
-    if (left_over - torch.diag(std)).abs().max() > 1e-5 * max(1.0, float(noise.abs().max())):
-        raise NotAGGDMError(
-            f"{name} combines noise with past predictions, which no GGDM can express: the noise of a step would have "
-            "to be taken out of the later ones. Use a deterministic multistep or a noisy one-step scheduler."
-        )
+    noise_weights = noise[1:] - weights @ noise[:-1]
+    std = noise_weights.diagonal()
     if std[-1].abs() > NO_NOISE:
         raise NotAGGDMError(
             f"{name} adds noise of standard deviation {float(std[-1]):.3g} to the image in its last step; choose "
             "options with a last step to the clean image, such as set_alpha_to_one=True or final_sigmas_type='zero'."
         )
+    # In units of what their own step added; one that added none has none to take out.
+    past_noise = torch.where(std.abs() > NO_NOISE, noise_weights / std, 0.0).tril(-1)
     std = torch.cat([std[:-1].abs(), std.new_zeros(1)])
     schedule = NoiseSchedule.from_scheduler(scheduler)
     prior = torch.stack(schedule.alpha_sigma(timesteps[0]))
     # x0_hat = output, so that nu is the weight of the output, until the pair is split off.
     pred = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(timesteps), 2)
-    plain = Coefficients(weights, output_weight, std, pred, timesteps, prior, init_noise_sigma=rows[0, 0])
+    plain = Coefficients(weights, output_weight, std, pred, timesteps, prior, rows[0, 0], past_noise)
     predicts = cast(PredictionType, scheduler_prediction_type(scheduler))
     return plain.with_marginal_pair(predicts, schedule.sigma_data).validate()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddss_lightning.coefficients import Coefficients
-from ddss_lightning.unroll import Network, multiply_add, network_times, step_weights
+from ddss_lightning.unroll import Network, multiply_add, network_times, noises_used, step_weights
 
 
 class Replay:
@@ -33,10 +33,12 @@ class Replay:
         self.network, self.noise, self.shape = network, noise, x_T.shape
         self.num_calls = 0
         coefficients = coefficients.detach()
+        if any(each.stop - each.start > 1 for each in noises_used(coefficients)):
+            self.noise = noise.to(x_T)
         self._states = x_T.new_empty(coefficients.num_steps, x_T.numel())
         self._states[0] = (coefficients.init_noise_sigma.to(x_T) * x_T).flatten()
         self._numbers = self._numbers_of(coefficients)
-        self.x_0, self._outputs = self._chain(self._numbers, 0, self._states)
+        self.x_0, self._outputs = self._chain(self._numbers, 0, noises_used(coefficients), self._states)
 
     @torch.no_grad()
     def __call__(self, coefficients: Coefficients) -> Tensor:
@@ -47,27 +49,32 @@ class Replay:
             return self.x_0
         first = int(changed[0])
         same_time = numbers[first, 0] == self._numbers[first, 0]
-        return self._chain(numbers, first, self._states.clone(), self._outputs[first] if same_time else None)[0]
+        output = self._outputs[first] if same_time else None
+        return self._chain(numbers, first, noises_used(coefficients), self._states.clone(), output)[0]
 
     def _numbers_of(self, coefficients: Coefficients) -> Tensor:
-        """One row a step: the time, the weights of output and noise, and those of the states."""
-        state_weights, output_weights, std = (weight.to(self._states) for weight in step_weights(coefficients))
+        """One row a step: the time, the weight of the output, those of the states and those of the noise."""
+        state_weights, output_weights, noise_weights = (
+            weight.to(self._states) for weight in step_weights(coefficients)
+        )
         timesteps = network_times(coefficients, self._states)
-        return torch.cat([torch.stack([timesteps, output_weights, std], 1), state_weights], 1)
+        return torch.cat([torch.stack([timesteps, output_weights], 1), state_weights, noise_weights], 1)
 
     def _chain(
-        self, numbers: Tensor, first: int, states: Tensor, output: Tensor | None = None
+        self, numbers: Tensor, first: int, used: list[slice], states: Tensor, output: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """x_0 and the outputs from call `first` on, whose output may be known; `states` gets what follows."""
         x, outputs = states[first].view(self.shape), []
         for k in range(first, len(numbers)):
-            timestep, output_weight, std = numbers[k, :3]
+            timestep, output_weight = numbers[k, :2]
+            state_weights, noise_weights = numbers[k, 2:].chunk(2)
             if output is None or k > first:
                 output = self.network(x, timestep.expand(len(x))).to(x.dtype)
                 self.num_calls += 1
             outputs.append(output)
-            x = multiply_add(output_weight * output, numbers[k, 3 : 4 + k], states[: k + 1])
+            x = multiply_add(output_weight * output, state_weights[: k + 1], states[: k + 1])
+            if (draws := self.noise[used[k]]).numel():
+                x = multiply_add(x, noise_weights[used[k]], draws.to(x).flatten(1))
             if k + 1 < len(numbers):
-                x = torch.addcmul(x, std, self.noise[k].to(x))
                 states[k + 1] = x.flatten()
         return x, outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor, check_images
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import FORMAT_VERSION, GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.precision import full_precision
@@ -190,13 +190,20 @@ class SamplingModule(LightningModule):
         """Note which denoiser the sampler belongs to, and what sampler it is."""
         checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
         checkpoint["sampler_config"] = self.sampler.config
+        checkpoint["sampler_format"] = FORMAT_VERSION
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another denoiser or of another sampler.
+        """Refuse a checkpoint of another denoiser, of another sampler or of another version.
 
         Raises:
-            ValueError: the fingerprints or the sampler's configurations differ.
+            ValueError: the fingerprints, the sampler's configurations or the formats differ.
         """
+        if checkpoint.get("sampler_format", 1) != FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint is of format {checkpoint.get('sampler_format', 1)}, this package resumes format "
+                f"{FORMAT_VERSION}, in which the same numbers can be another sampler; resume with the version of "
+                "ddss_lightning that wrote it, or start again from the sampler that it saved."
+            )
         saved = checkpoint.get("denoiser", {})
         if saved.get("fingerprint") != self.denoiser.fingerprint():
             raise ValueError(

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-SAMPLER_CARD, SAMPLER_WEIGHTS, FORMAT_VERSION = "sampler.json", "sampler.safetensors", 1
+SAMPLER_CARD, SAMPLER_WEIGHTS, FORMAT_VERSIONS = "sampler.json", "sampler.safetensors", (1, 2)
 # Of the coefficients of a `GGDMSampler`, those that sampling needs.
-NUMBERS = ("mu", "nu", "std", "pred", "timesteps", "init_noise_sigma")
+NUMBERS = ("mu", "nu", "std", "pred", "timesteps", "init_noise_sigma", "past_noise")
 # Half-precision pipelines cast between steps; what differs by more than this share was changed on purpose.
 CHANGED_SAMPLE_TOLERANCE = 1e-2
 # Given explicitly wherever a scheduler is made: diffusers does not pass defaults on when it converts schedulers.
@@ -52,7 +52,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     .. math::
         \hat x_0^{(k)} &= \mathrm{pred}_{k0} x_k + \mathrm{pred}_{k1} \, \mathrm{output}_k \\
-        x_{k+1} &= \sum_{j \le k} \mu_{kj} x_j + \nu_k \hat x_0^{(k)} + \mathrm{std}_k z_k, \qquad k = 0, \dots, K-1
+        x_{k+1} &= \sum_{j \le k} \mu_{kj} x_j + \nu_k \hat x_0^{(k)} + n_k
+        + \sum_{j < k} \mathrm{past}_{kj} n_j, \qquad n_k = \mathrm{std}_k z_k, \quad k = 0, \dots, K-1
 
     All numbers are in the configuration, as float64. `timesteps` are real-valued: the network must take them so (every
     network with sinusoidal embeddings does). The K steps belong together: they cannot be started in the middle
@@ -65,6 +66,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         pred: pairs that turn (x_k, output) into x0_hat, K pairs.
         timesteps: what the network receives, K numbers.
         init_noise_sigma: scale of the noise that is the first state; applied by `scale_model_input` and `step`.
+        past_noise: weights of the noises of earlier steps, K rows of K numbers, strictly lower triangular; default 0.
         prediction_type: what the network must predict.
         logsnrs: half log-SNRs of the noise schedule, for `add_noise`.
         schedule_timesteps: their timesteps; default 0, 1, ...
@@ -96,6 +98,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         pred: list[list[float]],
         timesteps: list[float],
         init_noise_sigma: float = 1.0,
+        past_noise: list[list[float]] | None = None,
         prediction_type: str = "epsilon",
         logsnrs: list[float] | None = None,
         schedule_timesteps: list[float] | None = None,
@@ -106,17 +109,20 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         beta_schedule: str = NOT_BETAS,
         use_flow_sigmas: bool = False,
     ) -> None:
-        tensors = [torch.tensor(value, dtype=torch.float64) for value in (mu, nu, std, pred, timesteps)]
         num_steps = len(timesteps)
-        shapes = [(num_steps, num_steps), (num_steps,), (num_steps,), (num_steps, 2), (num_steps,)]
+        past_noise = past_noise or [[0.0] * num_steps] * num_steps
+        tensors = [torch.tensor(value, dtype=torch.float64) for value in (mu, nu, std, pred, timesteps, past_noise)]
+        square = num_steps, num_steps
+        shapes = [square, (num_steps,), (num_steps,), (num_steps, 2), (num_steps,), square]
         if not num_steps or [tuple(value.shape) for value in tensors] != shapes:
             raise ValueError(
-                f"mu, nu, std, pred and timesteps must have shapes {shapes} for {num_steps} steps, got "
+                f"mu, nu, std, pred, timesteps and past_noise must have shapes {shapes} for {num_steps} steps, got "
                 f"{[tuple(value.shape) for value in tensors]}."
             )
         if not all(value.isfinite().all() for value in tensors):
             raise ValueError("The coefficients hold numbers that are not finite.")
-        weights, image_weights, self._std, self._pred, self._times = tensors
+        weights, image_weights, added, self._pred, self._times, past = tensors
+        self._noise_weights = torch.diag(added) + past * added
         # x0_hat is a combination of x_k and the output; folding it in avoids a large x0_hat at high noise.
         self._state_weights = weights + torch.diag(image_weights * self._pred[:, 0])
         self._output_weights = image_weights * self._pred[:, 1]
@@ -168,9 +174,10 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         base_model: str | None,
     ) -> GGDMScheduler:
         """Of coefficients and a noise schedule."""
+        given = {name: value.tolist() for name, value in numbers.items() if name != "past_noise" or value.any()}
         is_flow, counted = scaling == "flow", timesteps.tolist() == list(range(len(timesteps)))
         scheduler: GGDMScheduler = cls(
-            **{name: value.tolist() for name, value in numbers.items()},
+            **given,
             prediction_type=prediction_type,
             logsnrs=logsnrs.tolist(),
             schedule_timesteps=None if counted else timesteps.tolist(),
@@ -208,10 +215,12 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         try:
             tensors = load_file(folder / SAMPLER_WEIGHTS)
             card = json.loads((folder / SAMPLER_CARD).read_text())
-            if card["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"its format version is {card['format_version']}, this file reads {FORMAT_VERSION}")
-            numbers = {name: tensors[f"coefficients.{name}"] for name in NUMBERS if name != "init_noise_sigma"}
-            numbers["init_noise_sigma"] = tensors.get("coefficients.init_noise_sigma", torch.ones(()))
+            if card["format_version"] not in FORMAT_VERSIONS:
+                raise ValueError(f"its format version is {card['format_version']}, this file reads {FORMAT_VERSIONS}")
+            numbers = {name.removeprefix("coefficients."): value for name, value in tensors.items()}
+            # Files of older versions lack the last two.
+            numbers = {"init_noise_sigma": torch.ones(()), "past_noise": torch.zeros_like(numbers["mu"]), **numbers}
+            numbers = {name: numbers[name] for name in NUMBERS}
             logsnrs = tensors["schedule.logsnrs"]
             return cls._of(
                 numbers,
@@ -232,6 +241,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = self._times.float().to(device)
         self.num_inference_steps = self.num_steps
         self._states: list[Tensor] = []
+        self._noises: list[Tensor] = []
         self._scaled: Tensor | None = None
         self._last: Tensor | None = None
 
@@ -343,10 +353,14 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_next = weights(self._output_weights[k]) * output
         for weight, state in zip(weights(self._state_weights[k]), self._states, strict=False):
             x_next = x_next + weight * state.to(dtype)
-        if k < self.num_steps - 1 and self._std.any():
-            if variance_noise is None:
-                variance_noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype)
-            x_next = x_next + weights(self._std[k]) * variance_noise.to(dtype)
+        if self._noise_weights.any():
+            if k < self.num_steps - 1:
+                if variance_noise is None:
+                    variance_noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype)
+                self._noises.append(variance_noise)
+            for weight, noise in zip(self._noise_weights[k].tolist(), self._noises, strict=False):
+                if weight:
+                    x_next = x_next + weight * noise.to(dtype)
         x_0 = weights(self._pred[k, 0]) * self._states[-1].to(dtype) + weights(self._pred[k, 1]) * output
         x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
         self._last = x_next

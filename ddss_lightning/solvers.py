@@ -4,7 +4,7 @@ A solver with log-SNRs lambda_0 < ... < lambda_{K-1} and lambda_K = infinity (th
 
     x_{k+1} = c_k x_k + sum_{j <= k} B_kj x0_hat_j + std_k z_k.
 
-`ggdm_form` turns (c, B) into the GGDM's (mu, nu).
+`ggdm_form` turns (c, B) into the GGDM's (mu, nu, past_noise), `solver_form` turns them back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ddss_lightning.coefficients import Coefficients
 from ddss_lightning.schedule import NoiseSchedule
 
 Solver = Literal["ddim", "dpmpp_2m"]
@@ -81,12 +82,11 @@ def ddim_noise_angles(logsnrs: Tensor, eta: float) -> Tensor:
 
 def anchor_formula(
     solver: Solver, schedule: NoiseSchedule, logsnrs: Tensor, noise_angles: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Coefficients of a known solver at given log-SNRs, with noise of a given fraction in every step but the last.
 
     A noise angle theta_k splits the next marginal: std_k = sigma_{k+1} |sin theta_k| is added, and the solver's
-    update aims at the rest, sigma' = sigma_{k+1} cos theta_k, so that the marginal is kept (exactly by `ddim`; by
-    `dpmpp_2m` without noise, see `ggdm_form`):
+    update aims at the rest, sigma' = sigma_{k+1} cos theta_k, so that the marginal is kept:
 
     .. math::
         x_{k+1} = \frac{\sigma'}{\sigma_k} x_k + \left(\alpha_{k+1} - \alpha_k \frac{\sigma'}{\sigma_k}\right) D_k
@@ -103,7 +103,8 @@ def anchor_formula(
         noise_angles: theta_k in radians, shape (K - 1,).
 
     Returns:
-        mu, shape (K, K); nu, shape (K,); std, shape (K,). Differentiable in both tensors.
+        mu, shape (K, K); nu, shape (K,); std, shape (K,); past_noise, shape (K, K), see `Coefficients`.
+        Differentiable in both tensors.
 
     Raises:
         ValueError: an unknown solver.
@@ -127,25 +128,63 @@ def anchor_formula(
         predictions = torch.diag(data_weight + past) - torch.diag(past[1:], -1)
     else:
         predictions = torch.diag(data_weight)
-    mu, nu = ggdm_form(state_weight, predictions)
-    return mu, nu, sigma_next * angles.sin()
+    mu, nu, past_noise = ggdm_form(torch.diag(state_weight), predictions)
+    return mu, nu, sigma_next * angles.sin(), past_noise
 
 
-def ggdm_form(state_weight: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
-    r"""(mu, nu) of the sampler x_{k+1} = c_k x_k + sum_{j<=k} B_kj x0_hat_j.
+def ggdm_form(
+    state_weights: Tensor, predictions: Tensor, past_noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Coefficients of the sampler x_{k+1} = sum_{j<=k} (C_kj x_j + B_kj x0_hat_j) + n_k + sum_{j<k} Q_kj n_j.
 
-    A past prediction is a combination of states: with S the shift x_{k+1} = (S x)_k and B = D + L (diagonal, strictly
-    lower), x0_hat = B^-1 (S - diag(c)) x, so mu = diag(c) + L B^-1 (S - diag(c)) and nu = diag(D): one triangular
-    solve. Noise that was added between is not removed from the states; to that extent a noisy multistep sampler is
-    the GGDM's own.
+    That is how solvers are written, with past predictions; n_k is the noise of step k. A GGDM has past predictions as
+    combinations of the states: with S the shift x_{k+1} = (S x)_k and B = D + L (diagonal, strictly lower),
+
+    .. math:: \hat x_0 = B^{-1} ((S - C) x - (1 + Q) n), \qquad H = L B^{-1},
+
+    so mu = C + H (S - C), nu = diag(D), and the weights of past noise are Q - H (1 + Q): one triangular solve.
 
     Args:
-        state_weight: c, shape (K,).
-        predictions: B, shape (K, K), lower triangular with a diagonal without zeros.
+        state_weights: C, shape (K, K), lower triangular; in most solvers a diagonal.
+        predictions: B, shape (K, K), lower triangular, without zeros on the diagonal (but for the last).
+        past_noise: Q, shape (K, K), strictly lower triangular. Default: zeros.
 
     Returns:
-        mu, shape (K, K), lower triangular, and nu, shape (K,).
+        mu, shape (K, K), lower triangular; nu, shape (K,); past_noise, shape (K, K), strictly lower triangular.
     """
-    history = torch.linalg.solve_triangular(predictions, predictions.tril(-1), upper=False, left=False)
-    shifted = torch.nn.functional.pad(history[:, :-1], (1, 0))  # L B^-1 S
-    return (torch.diag(state_weight) + shifted - history * state_weight).tril(), predictions.diagonal()
+    past = predictions.tril(-1)[:, :-1]
+    history = torch.linalg.solve_triangular(predictions[:-1, :-1], past, upper=False, left=False)
+    shifted = torch.nn.functional.pad(history, (1, 0))  # H S
+    history = torch.nn.functional.pad(history, (0, 1))
+    noise = -history if past_noise is None else past_noise - history - history @ past_noise
+    mu = (state_weights + shifted - history @ state_weights).tril()
+    return mu, predictions.diagonal(), noise.tril(-1)
+
+
+def solver_form(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The inverse of `ggdm_form`: C, B and Q of given coefficients.
+
+    Each state is a combination of the first one, of the predictions and of the noises. B and Q are what is left of
+    x_{k+1} when its share of the first state is taken off as a multiple of x_k (of the newest state with such a share,
+    if x_k has none): C is the diagonal that a solver has, x_{k+1} = c_k x_k + ... . A step without noise does not say
+    how it would go on: Q is then 0, as in a solver that sees noise in x_k alone.
+
+    Returns:
+        C, B and Q, shape (K, K); see `ggdm_form`.
+    """
+    num_steps = coefficients.num_steps
+    identity = torch.eye(num_steps, dtype=torch.float64, device=coefficients.mu.device)
+    system = torch.eye(num_steps + 1).to(identity) - torch.nn.functional.pad(coefficients.mu, (0, 1, 1, 0))
+    sources = torch.cat([torch.diag(coefficients.nu), identity + coefficients.past_noise], 1)
+    parts = torch.block_diag(identity[:1, :1], sources)
+    states = torch.linalg.solve_triangular(system, parts, upper=False, unitriangular=True)
+    share = states[:, 0]
+    state_weights = torch.zeros_like(identity)
+    newest = 0
+    for k in range(num_steps):
+        if share[k].abs() > 1e-10 * share.abs().max():
+            newest = k
+        state_weights[k, newest] = share[k + 1] / share[newest]
+    rest = states[1:, 1:] - state_weights @ states[:-1, 1:]
+    predictions, noise = rest.split(num_steps, 1)
+    return state_weights, predictions.tril(), (noise * (coefficients.std != 0)).tril(-1)

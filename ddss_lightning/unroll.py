@@ -21,7 +21,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 def unroll(
     network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None = None, remat: str | Remat = "none"
 ) -> Tensor:
-    r"""Run the sampler: x_{k+1} = sum_{j<=k} mu_kj x_j + nu_k x0_hat_k + std_k z_k for k = 0, ..., K-1.
+    r"""Run the sampler of `Coefficients`: x_{k+1} = sum_{j<=k} (mu_kj x_j + noise_weights_kj z_j) + nu_k x0_hat_k.
 
     The weights are combined in float64 and applied in the dtype of `x_T`, under autocast too. Nothing is detached but
     the time of the first call: its input is pure noise, no sampler learns it, and without it that call needs no
@@ -33,7 +33,7 @@ def unroll(
         coefficients: of K steps.
         x_T: standard normal, shape (N, C, H, W); the first state is `init_noise_sigma` times it.
         noise: z_0, ..., z_{K-2}, shape (K - 1, N, C, H, W), or None where no noise is added. It may lie in main
-            memory: each step fetches its own.
+            memory: each step fetches its own, or, where steps look back (`past_noise`), all is fetched once.
         remat: what is kept for the backward pass, a `Remat` or its name. `none` keeps all activations; `denoiser` keeps
             only the input of each network call and computes the call again; `every(n)` and `budget(bytes)` lie between;
             `+offload` keeps the states in main memory.
@@ -62,12 +62,19 @@ def unroll(
 
 
 def step_weights(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the states, shape (K, K), of the network's outputs, (K,), and of the noise, (K,), float64.
+    """Weights of the states, shape (K, K), of the network's outputs, (K,), and of the noise, (K, K), float64.
 
     x0_hat is a combination of x_k and the output; folding it into the weights avoids a large x0_hat at high noise.
     """
     nu, pred = coefficients.nu, coefficients.pred
-    return coefficients.mu + torch.diag(nu * pred[:, 0]), nu * pred[:, 1], coefficients.std
+    return coefficients.mu + torch.diag(nu * pred[:, 0]), nu * pred[:, 1], coefficients.noise_weights()
+
+
+def noises_used(coefficients: Coefficients) -> list[slice]:
+    """Of z_0, ..., z_{K-2}, what each step looks at: its own, and those before it from the first with a weight."""
+    last, past = coefficients.num_steps - 1, coefficients.past_noise.detach().tolist()
+    firsts = [next((j for j in range(k) if past[k][j]), k) for k in range(last + 1)]
+    return [slice(first, min(k + 1, last)) for k, first in enumerate(firsts)]
 
 
 def network_times(coefficients: Coefficients, x_T: Tensor) -> Tensor:
@@ -80,7 +87,8 @@ def _differentiable(
 ) -> Tensor:
     """What autograd keeps of a step is x_{k+1}, and the activations of the calls that are not computed again."""
     num_steps, num = coefficients.num_steps, len(x_T)
-    state_weights, output_weights, std = (weight.to(x_T) for weight in step_weights(coefficients))
+    state_weights, output_weights, noise_weights = (weight.to(x_T) for weight in step_weights(coefficients))
+    used = noises_used(coefficients)
     timesteps = network_times(coefficients, x_T)
     times = [timesteps[k].expand(num) for k in range(num_steps)]
     times[0] = times[0].detach()
@@ -92,7 +100,7 @@ def _differentiable(
         return weight * network(x, timestep).to(x_T.dtype)
 
     with offload or contextlib.nullcontext():
-        states = [keep(coefficients.init_noise_sigma.to(x_T) * x_T)]
+        states, noises = [keep(coefficients.init_noise_sigma.to(x_T) * x_T)], []
         first: list[Tensor] = []
 
         def bytes_per_call() -> int:
@@ -110,8 +118,10 @@ def _differentiable(
             else:
                 update = weighted_output(*arguments)
             x_next = _Combine.apply(update, state_weights[k, : k + 1], *states)
-            if noise is not None and k < num_steps - 1:
-                x_next = torch.addcmul(x_next, std[k], keep(noise[k].to(x_T)))
+            if noise is not None:
+                noises += [keep(z.to(x_T)) for z in noise[k : k + 1]]
+                if noises[used[k]]:
+                    x_next = _Combine.apply(x_next, noise_weights[k, used[k]], *noises[used[k]])
             states.append(keep(x_next))
     return states[-1]
 
@@ -142,15 +152,18 @@ def multiply_add(update: Tensor, weights: Tensor, states: Tensor) -> Tensor:
 def _fused(network: Network, coefficients: Coefficients, x_T: Tensor, noise: Tensor | None, _policy: Remat) -> Tensor:
     """The same numbers without a gradient: the states lie stacked in memory, and each is written where it stays."""
     num_steps, num = coefficients.num_steps, len(x_T)
-    state_weights, output_weights, std = (weight.to(x_T) for weight in step_weights(coefficients))
+    state_weights, output_weights, noise_weights = (weight.to(x_T) for weight in step_weights(coefficients))
+    used = noises_used(coefficients)
     timesteps = network_times(coefficients, x_T)
     states, x_0 = x_T.new_empty(num_steps, *x_T.shape), x_T.new_empty(x_T.shape)
     stacked = states.flatten(1)
+    if noise is not None and any(each.stop - each.start > 1 for each in used):
+        noise = noise.to(x_T)
     torch.mul(coefficients.init_noise_sigma.to(x_T), x_T, out=states[0])
     for k, x_next in enumerate((*states[1:], x_0)):
         update = output_weights[k] * network(states[k], timesteps[k].expand(num)).to(x_T.dtype)
         # As `multiply_add`: what has an `out` does not go through autocast.
         torch.addmv(update.flatten(), stacked[: k + 1].T, state_weights[k, : k + 1], out=x_next.view(-1))
-        if noise is not None and k < num_steps - 1:
-            x_next.addcmul_(std[k], noise[k].to(x_T))
+        if noise is not None and (draws := noise[used[k]]).numel():
+            x_next.view(-1).addmv_(draws.to(x_T).flatten(1).T, noise_weights[k, used[k]])
     return x_0

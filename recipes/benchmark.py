@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import platform
 import re
@@ -197,8 +198,13 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     recipe = run.folder / "recipe.yaml"
     with replacing(run.folder / "draft.yaml") as partial:
         partial.write_text(yaml.safe_dump(changes, sort_keys=False))
-    module = command_line(["-c", sweep.base, "-c", str(run.folder / "draft.yaml")], run=False).model
-    (run.folder / "draft.yaml").unlink()
+    # Each command line reports its seed and devices; the plan would not be seen among them.
+    logging.disable(logging.INFO)
+    try:
+        module = command_line(["-c", sweep.base, "-c", str(run.folder / "draft.yaml")], run=False).model
+    finally:
+        logging.disable(logging.NOTSET)
+        (run.folder / "draft.yaml").unlink()
     each, budget = calls_per_step(module), sweep.calls[run.steps] - teacher_calls(module)
     max_steps = int(budget // each)
     if max_steps < 1:

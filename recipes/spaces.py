@@ -72,11 +72,12 @@ def main() -> None:
     samplers = {}
     for folder in given.samplers:
         learned = GGDMSampler.from_pretrained(folder)
-        base_model = read_card(folder)["base_model"]
+        card = read_card(folder)
+        base_model, config = card["base_model"], card["config"]
         if base_model.get("fingerprint") != denoiser.fingerprint():
             parser.error(f"the sampler in '{folder}' was learned for '{base_model.get('name')}', not for the glyphs.")
-        start = GGDMSampler(denoiser.schedule, **{**learned.config, "learn": ()})
-        anchor = start.config["anchor"]
+        start = GGDMSampler(denoiser.schedule, **{**config, "learn": ()})
+        anchor = config["anchor"]
         name = anchor["class_path"].rpartition(".")[2] if isinstance(anchor, dict) else anchor
         samplers[f"{name}, {learned.num_steps} calls, start of {folder}"] = start
         samplers[f"{folder}, {learned.num_steps} calls"] = learned

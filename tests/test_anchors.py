@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -42,8 +43,10 @@ def test_zero_corrections_are_the_imported_sampler(scheduler, parametrization):
     start = probe(scheduler, 4)
     learned = GGDMSampler.from_scheduler(scheduler, 4, parametrization=parametrization)
     assert set(learned.corrections) == {"mu", "nu", "std", "time"}
-    for name, value in vars(learned.coefficients()).items():
-        torch.testing.assert_close(value, getattr(start, name), rtol=1e-6, atol=1e-9)
+    found = learned.coefficients()
+    for name in ("mu", "nu", "pred", "timesteps", "prior", "init_noise_sigma"):
+        torch.testing.assert_close(getattr(found, name), getattr(start, name), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.noise_weights(), start.noise_weights(), rtol=1e-6, atol=1e-9)
     assert rollout_error(learned.coefficients().detach(), scheduler, 4) < 1e-5
 
 
@@ -53,16 +56,20 @@ def test_zero_corrections_are_the_imported_sampler(scheduler, parametrization):
         DDIMScheduler(**LINEAR, clip_sample=False),
         EulerAncestralDiscreteScheduler(**LINEAR),
         FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(**LINEAR, solver_order=3),
+        HeunDiscreteScheduler(**LINEAR),
+        DPMSolverMultistepScheduler(**LINEAR, algorithm_type="sde-dpmsolver++"),
     ],
     ids=lambda s: type(s).__name__,
 )
-def test_noise_angles_keep_the_marginals_of_one_step_samplers(scheduler):
+def test_noise_angles_keep_the_marginals(scheduler):
     sampler = GGDMSampler.from_scheduler(scheduler, 5, learn=("std",))
     before = sampler.coefficients()
     after = move(sampler, 0.3).coefficients()
     assert (after.std[:-1] != before.std[:-1]).all()
     for ours, theirs in zip(after.marginals(), before.marginals(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        # diffusers computes some in float32.
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
 @by_name

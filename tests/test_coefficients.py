@@ -47,7 +47,8 @@ def papers_recursion(mu, nu, std, prior):
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
 def test_triangular_solve_is_the_papers_recursion(num_steps):
     numbers = random_numbers(num_steps, seed=num_steps)
-    a, std = marginals(*numbers)
+    mu, nu, std, prior = numbers
+    a, std = marginals(mu, nu, torch.diag(std), prior)
     expected_a, expected_v = papers_recursion(*numbers)
     torch.testing.assert_close(a, expected_a, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(std**2, expected_v, rtol=1e-12, atol=1e-12)
@@ -55,13 +56,14 @@ def test_triangular_solve_is_the_papers_recursion(num_steps):
 
 def test_triangular_solve_is_monte_carlo():
     mu, nu, std, prior = random_numbers(4, seed=3)
+    weights = torch.diag(std) + torch.randn(4, 4, dtype=torch.float64).tril(-1)
     num, x_0 = 400_000, 0.7
     noise = torch.randn(5, num, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = [prior[0] * x_0 + prior[1] * noise[0]]
     for k in range(4):
         mean = sum(mu[k, j] * states[j] for j in range(k + 1)) + nu[k] * x_0
-        states.append(mean + std[k] * noise[k + 1])
-    a, marginal_std = marginals(mu, nu, std, prior)
+        states.append(mean + weights[k] @ noise[1:])
+    a, marginal_std = marginals(mu, nu, weights, prior)
     drawn = torch.stack(states)
     # Within five standard errors of the mean and of the standard deviation.
     assert ((drawn.mean(1) - a * x_0).abs() < 5 * marginal_std / num**0.5).all()
@@ -69,7 +71,8 @@ def test_triangular_solve_is_monte_carlo():
 
 
 def test_marginals_are_differentiable():
-    numbers = [value.requires_grad_() for value in random_numbers(3, seed=5)]
+    mu, nu, std, prior = random_numbers(3, seed=5)
+    numbers = [value.detach().requires_grad_() for value in (mu, nu, torch.diag(std), prior)]
     assert torch.autograd.gradcheck(marginals, numbers)
 
 
@@ -83,6 +86,7 @@ def test_validation_names_what_is_wrong():
         ({"pred": torch.ones(2, 2)}, r"pred must have shape \(3, 2\)"),
         ({"nu": nu * torch.nan}, "nu holds numbers that are not finite"),
         ({"mu": torch.ones(3, 3)}, "lower triangular"),
+        ({"past_noise": torch.eye(3)}, "strictly lower triangular"),
         ({"std": -std}, "at least 0"),
         ({"std": std + 1}, "The last step makes the image and adds no noise"),
     ]:

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
 from ddss_lightning.coefficients import prediction_pair
 from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
@@ -115,6 +115,28 @@ def test_a_sampler_that_is_not_finite_is_not_saved(tmp_path, schedule):
     with pytest.raises(ValueError, match="mu holds numbers that are not finite"):
         sampler.save_pretrained(tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_noisy_sampler_of_format_1_stays_what_it_was(tmp_path, schedule):
+    """Its past predictions saw the noise again; with the formula of today the same numbers are another sampler."""
+    sampler = GGDMSampler(schedule, 4, anchor="dpmpp_2m", eta=0.3)
+    sampler.save_pretrained(tmp_path)
+    numbers = load_file(tmp_path / "sampler.safetensors")
+    del numbers["coefficients.past_noise"]
+    save_file(numbers, tmp_path / "sampler.safetensors")
+    card = json.loads((tmp_path / "sampler.json").read_text())
+    del card["weights_sha256"]
+    (tmp_path / "sampler.json").write_text(json.dumps({**card, "format_version": 1}))
+    old = GGDMSampler.from_pretrained(tmp_path).coefficients()
+    assert sampler.coefficients().past_noise.any()
+    assert not old.past_noise.any()
+    for name in ("mu", "nu", "std", "timesteps"):
+        torch.testing.assert_close(getattr(old, name), getattr(sampler.coefficients(), name), rtol=0, atol=0)
+    quiet = GGDMSampler(schedule, 4, anchor="dpmpp_2m")
+    quiet.save_pretrained(tmp_path, overwrite=True)
+    card = json.loads((tmp_path / "sampler.json").read_text())
+    (tmp_path / "sampler.json").write_text(json.dumps({**card, "format_version": 1}))
+    assert GGDMSampler.from_pretrained(tmp_path).config == quiet.config
 
 
 def test_damaged_folders(tmp_path, schedule):

@@ -136,6 +136,16 @@ def test_another_model_s_checkpoint_is_refused(tmp_path):
         trainer(tmp_path, 2).fit(longer, data(), ckpt_path=tmp_path / "last.ckpt")
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    module = make()
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    del checkpoint["sampler_format"]
+    with pytest.raises(ValueError, match="The checkpoint is of format 1, this package resumes format 2"):
+        module.on_load_checkpoint(checkpoint)
+
+
 def test_imported_numbers_may_differ_by_rounding_in_a_checkpoint(schedule):
     """Another machine computes a scheduler's betas with other last digits; another solver is another sampler."""
     anchor = {"class_path": "diffusers.UniPCMultistepScheduler"}

@@ -16,6 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -92,19 +93,31 @@ def loop(scheduler, network, x_T, generator=None):
 
 @pytest.mark.parametrize(
     "imported",
-    [EulerDiscreteScheduler(), EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()],
+    [
+        EulerDiscreteScheduler(),
+        EDMEulerScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    ],
     ids=lambda s: type(s).__name__,
 )
-def test_imported_then_exported_is_the_sampler_in_float64(imported):
-    """Schedulers that scale the first state (Euler 0.99998, EDM 2.0) or the schedule (flow matching)."""
+def test_imported_then_exported_is_the_sampler_in_float64(imported, tmp_path):
+    """Schedulers that scale the first state (Euler 0.99998, EDM 2.0), or the schedule (flow matching), or add noise."""
     sampler = GGDMSampler.from_scheduler(imported, 5)
-    x_T = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_T, *noise = torch.randn(5, 2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def network(x, t):
         return torch.tanh(x + torch.as_tensor(t).double().reshape(-1)[0] / 500)
 
-    exported = GGDMScheduler.from_sampler(sampler)
-    torch.testing.assert_close(loop(exported, network, x_T), sampler(network, x_T), rtol=1e-6, atol=1e-6)
+    sampler.save_pretrained(tmp_path / "s")
+    expected = sampler(network, x_T, noise=torch.stack(noise))
+    for exported in (GGDMScheduler.from_sampler(sampler), GGDMScheduler.from_pretrained(tmp_path / "s")):
+        exported.set_timesteps(5)
+        x = x_T
+        for t, z in zip(exported.timesteps, [*noise, None], strict=True):
+            output = network(exported.scale_model_input(x, t), t)
+            x = exported.step(output, t, x, variance_noise=z).prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------- save and load

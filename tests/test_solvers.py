@@ -2,9 +2,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from ddss_lightning.coefficients import marginals
+from ddss_lightning.coefficients import Coefficients, marginals
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.solvers import STRIDES, anchor_formula, ddim_noise_angles, ggdm_form, stride_timesteps
+from ddss_lightning.solvers import (
+    STRIDES,
+    anchor_formula,
+    ddim_noise_angles,
+    ggdm_form,
+    solver_form,
+    stride_timesteps,
+)
 
 
 def their_images(scheduler, denoiser, x_T, num_steps, noise=None, eta=0.0):
@@ -59,28 +66,55 @@ def test_anchors_keep_the_marginals_of_the_schedule(schedule, anchor):
     """Theorem 1 of a consistent solver: a_k = alpha_k, v_k = sigma_k^2 at every state, and the image is (1, 0)."""
     logsnrs = schedule.logsnr(stride_timesteps(schedule, 6, "quadratic"))
     alpha, sigma = schedule.scales(logsnrs)
-    angles = torch.zeros(5).double() if anchor == "dpmpp_2m" else torch.linspace(-0.5, 1.2, 5).double()
-    mu, nu, std = anchor_formula(anchor, schedule, logsnrs, angles)
-    a, marginal_std = marginals(mu, nu, std, torch.stack([alpha[0], sigma[0]]))
+    angles = torch.linspace(-0.5, 1.2, 5).double()
+    mu, nu, std, past_noise = anchor_formula(anchor, schedule, logsnrs, angles)
+    a, marginal_std = marginals(mu, nu, (torch.eye(6) + past_noise) * std, torch.stack([alpha[0], sigma[0]]))
     torch.testing.assert_close(a, torch.nn.functional.pad(alpha, (0, 1), value=1.0), rtol=0, atol=1e-10)
     torch.testing.assert_close(marginal_std, torch.nn.functional.pad(sigma, (0, 1)), rtol=0, atol=1e-10)
 
 
-def test_ggdm_form_is_the_solver_with_a_history_of_predictions():
+def solver(num_steps=6):
+    """C, B, Q and std of a solver with a history of predictions and noise in every step but the last."""
     generator = torch.Generator().manual_seed(0)
-    num_steps = 6
-    current = torch.rand(num_steps, dtype=torch.float64, generator=generator)
+    current = torch.diag(torch.rand(num_steps, dtype=torch.float64, generator=generator))
     predictions = torch.randn(num_steps, num_steps, dtype=torch.float64, generator=generator).tril()
-    predictions = predictions + 2 * torch.eye(num_steps)
-    mu, nu = ggdm_form(current, predictions)
+    past_noise = torch.randn(num_steps, num_steps, dtype=torch.float64, generator=generator).tril(-1)
+    std = torch.rand(num_steps, dtype=torch.float64, generator=generator) + 0.1
+    std[-1] = 0
+    return current, predictions + 2 * torch.eye(num_steps), past_noise, std
+
+
+@pytest.mark.parametrize("own_noise", [True, False])
+def test_ggdm_form_is_the_solver_with_a_history_of_predictions(own_noise):
+    current, predictions, past_noise, std = solver()
+    num_steps = len(std)
+    past_noise = None if own_noise else past_noise
+    mu, nu, past = ggdm_form(current, predictions, past_noise)
+    added = std * torch.randn(num_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.eye(num_steps, dtype=torch.float64) + (0 if past_noise is None else past_noise)
     x = y = torch.tensor(0.5, dtype=torch.float64)
     states, guesses = [y], []
     for k in range(num_steps):
         guesses.append(torch.sin(3 * x + k))
-        x = current[k] * x + sum(predictions[k, j] * guesses[j] for j in range(k + 1))
+        x = current[k, k] * x + sum(predictions[k, j] * guesses[j] for j in range(k + 1)) + weights[k] @ added
         y = sum(mu[k, j] * states[j] for j in range(k + 1)) + nu[k] * torch.sin(3 * states[k] + k)
+        y = y + added[k] + past[k] @ added
         states.append(y)
-        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+
+
+def test_solver_form_is_the_inverse_of_ggdm_form():
+    current, predictions, past_noise, std = solver()
+    mu, nu, past = ggdm_form(current, predictions, past_noise)
+    prior = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    pred, timesteps = torch.ones(6, 2).double(), torch.arange(6).flip(0).double()
+    found = solver_form(Coefficients(mu, nu, std, pred, timesteps, prior, past_noise=past))
+    past_noise[:, -1] = 0
+    for ours, theirs in zip(found, (current, predictions, past_noise), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    # Without noise nothing tells how it would go on: as in a solver that sees it in the newest state alone.
+    quiet = solver_form(Coefficients(mu, nu, 0 * std, pred, timesteps, prior, past_noise=past))
+    assert not quiet[2].any()
 
 
 def test_2m_converges_at_second_order(schedule):
