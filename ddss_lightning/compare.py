@@ -82,7 +82,6 @@ SOLVERS: dict[str, list[dict[str, Any]]] = {
     "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", solver_order=3),
     "DPM-Solver++ 2M SDE": _imported("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
     "DPM-Solver++ 2S": _imported("DPMSolverSinglestepScheduler", (None,), solver_order=2),
-    "SA-Solver": _imported("SASolverScheduler"),
     "UniPC 2": _imported("UniPCMultistepScheduler", solver_order=2),
     "UniPC 3": _imported("UniPCMultistepScheduler", solver_order=3),
 }

@@ -274,7 +274,7 @@ def test_every_solver_makes_five_calls(denoiser, features):
     from ddss_lightning.compare import solver_candidates
 
     assert Comparison(solvers=["all"]).solver_names == list(SOLVERS)
-    assert len(SOLVERS) == 15
+    assert len(SOLVERS) == 16
     module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 5), features)
     for name, options in SOLVERS.items():
         found = solver_candidates(module, name, 5)
@@ -446,10 +446,10 @@ def test_curves_show_the_mean_and_the_band_of_the_seeds():
         assert x.get_zorder() > ddim.get_zorder()
 
 
-def test_fifteen_solvers_are_told_apart_by_colour_and_marker():
+def test_sixteen_solvers_are_told_apart_by_colour_and_marker():
     (axes,) = curves_figure([row_of(name, 5, 1.0, "linear") for name in SOLVERS]).axes
     looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
-    assert len(looks) == len(SOLVERS) == 15
+    assert len(looks) == len(SOLVERS) == 16
 
 
 def test_small_scores_have_three_figures():
