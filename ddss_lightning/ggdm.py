@@ -466,7 +466,11 @@ class GGDMSampler(nn.Module):
                     k.removeprefix("coefficients."): v for k, v in tensors.items() if k.startswith("coefficients.")
                 }
                 sampler = cls.from_coefficients(
-                    schedule, Coefficients(**saved), (), prediction_type=sampler.config["prediction_type"]
+                    schedule,
+                    Coefficients(**saved),
+                    learn=(),
+                    prediction_type=sampler.config["prediction_type"],
+                    source={"class_path": f"learned from {sampler._anchor_name()}"},
                 )
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error

@@ -127,7 +127,9 @@ def test_a_noisy_sampler_of_format_1_stays_what_it_was(tmp_path, schedule):
     card = json.loads((tmp_path / "sampler.json").read_text())
     del card["weights_sha256"]
     (tmp_path / "sampler.json").write_text(json.dumps({**card, "format_version": 1}))
-    old = GGDMSampler.from_pretrained(tmp_path).coefficients()
+    loaded = GGDMSampler.from_pretrained(tmp_path)
+    assert "anchor: learned from dpmpp_2m, eta 0.3, linear stride (imported)" in str(loaded)
+    old = loaded.coefficients()
     assert sampler.coefficients().past_noise.any()
     assert not old.past_noise.any()
     for name in ("mu", "nu", "std", "timesteps"):
