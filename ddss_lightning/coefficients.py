@@ -137,6 +137,7 @@ class Coefficients:
         weights = current.mu + torch.diag(current.nu * current.pred[:, 0])
         output_weight = current.nu * current.pred[:, 1]
         mu, nu, pred = weights.clone(), torch.zeros_like(current.nu), torch.zeros_like(current.pred)
+        noise_weights = current.noise_weights()
         # Rows are states; column 0 is the part of x_0 in them, the others are independent noises.
         marginal = weights.new_zeros(self.num_steps + 1, self.num_steps + 2)
         marginal[0, :2] = current.prior
@@ -146,7 +147,7 @@ class Coefficients:
             mu[k, k] = weights[k, k] - nu[k] * pred[k, 0]
             marginal[k + 1] = mu[k] @ marginal[:-1]
             marginal[k + 1, 0] += nu[k]
-            marginal[k + 1, 2:] += self.noise_weights()[k]
+            marginal[k + 1, 2:] += noise_weights[k]
         return replace(current, mu=mu, nu=nu, pred=pred)
 
     def problems(self) -> list[str]:
