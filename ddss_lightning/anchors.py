@@ -74,7 +74,8 @@ class FormulaAnchor(nn.Module):
 class ImportedAnchor(nn.Module):
     r"""A sampler given by its numbers, for example those of a diffusers scheduler. They stay; corrections move.
 
-    Noise moves so that the marginals stay: with E_k = (update without its own noise) - a_{k+1} x0_hat_k, whose standard
+    Noise moves so that the marginals stay (where no step adds noise of earlier ones: Q = 0 in `solver_form`, as in
+    every solver of diffusers): with E_k = (update without its own noise) - a_{k+1} x0_hat_k, whose standard
     deviation is v_{k+1}^{1/2} cos(theta_k) where std_k = v_{k+1}^{1/2} sin(theta_k),
 
     .. math::
@@ -110,6 +111,8 @@ class ImportedAnchor(nn.Module):
         solver = solver_form(coefficients.detach())
         for name, value in zip(SOLVER_FORM, solver, strict=True):
             self.register_buffer(name, value, persistent=False)
+        # Without past predictions there is no noise of earlier steps to be taken out of them.
+        self._looks_back = bool(self.predictions.tril(-1).any() or self.past_noise.any())
 
     def start(self) -> Coefficients:
         """The numbers as they were given."""
@@ -148,12 +151,13 @@ class ImportedAnchor(nn.Module):
             ratio * self.past_noise,
         )
         # What has not moved stays to the last bit.
+        past = torch.where(start.std != 0, start.past_noise + past - past_0, past)
         return replace(
             start,
             mu=start.mu + mu - mu_0,
             nu=nu,
             std=torch.nn.functional.pad(std, (0, 1)),
-            past_noise=torch.where(start.std != 0, start.past_noise + past - past_0, past),
+            past_noise=past if self._looks_back else start.past_noise,
         )
 
 

@@ -66,7 +66,7 @@ class Coefficients:
 
     def __post_init__(self) -> None:
         # A zero without dimensions, the default, stands for all of them.
-        if self.past_noise.ndim == 0:
+        if self.past_noise.ndim == 0 and not self.past_noise:
             object.__setattr__(self, "past_noise", torch.zeros_like(self.mu))
 
     @property
@@ -185,6 +185,9 @@ class Coefficients:
                 f"{float(self.std[k]):11.4f}  {float(self.nu[k]):+6.3f}  {shown}"
             )
         lines.append(f"{self.num_steps:2d}     image           {a[-1]:9.4f}  {marginal_std[-1]:7.4f}")
+        taken_out = float(self.noise_weights().detach().tril(-1).abs().max())
+        if taken_out:
+            lines.append(f"noise of earlier steps is weighed by up to {taken_out:.3g} in a step (past_noise)")
         return "\n".join(lines)
 
     def detach(self) -> Coefficients:

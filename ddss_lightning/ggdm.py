@@ -22,7 +22,7 @@ from ddss_lightning.files import replacing
 from ddss_lightning.probing import probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-from ddss_lightning.solvers import Solver, Stride, stride_timesteps
+from ddss_lightning.solvers import ROUNDING, Solver, Stride, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
@@ -299,7 +299,9 @@ class GGDMSampler(nn.Module):
         if not anchored and "std" in self.corrections:
             free = std[:-1] + self.corrections["std"]
             std = torch.nn.functional.pad(torch.where(free >= 0, free, -free), (0, 1))
-        moved = dataclasses.replace(start, mu=mu, nu=nu, std=std)
+        # Freely learned noise stays in: only what the solver itself takes out of past predictions is taken out.
+        past_noise = start.past_noise if anchored else start.past_noise * (start.std != 0)
+        moved = dataclasses.replace(start, mu=mu, nu=nu, std=std, past_noise=past_noise)
         if not anchored and "pred" not in self.corrections:
             a, marginal_std = moved.marginals()
             pred = prediction_pair(self.config["prediction_type"], a[:-1], marginal_std[:-1], self.schedule.sigma_data)
@@ -461,7 +463,7 @@ class GGDMSampler(nn.Module):
             # Files of older versions hold what has no numbers, too.
             learned = {k: value for k, value in tensors.items() if k.startswith("learned.") and value.numel()}
             sampler.load_state_dict({f"corrections.{name.removeprefix('learned.')}": v for name, v in learned.items()})
-            if card["format_version"] == 1 and sampler.coefficients().noise_weights().tril(-1).any():
+            if card["format_version"] == 1 and sampler.coefficients().noise_weights().tril(-1).abs().max() > ROUNDING:
                 saved = {
                     k.removeprefix("coefficients."): v for k, v in tensors.items() if k.startswith("coefficients.")
                 }

@@ -20,12 +20,16 @@ from torch.overrides import TorchFunctionMode
 
 from ddss_lightning.coefficients import Coefficients, PredictionType
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.solvers import without_rounding
 from ddss_lightning.unroll import unroll
 
 # Options that make `step` nonlinear, and what turns them off.
 NONLINEAR_OPTIONS = ("thresholding", "clip_sample", "clip_denoised")
 # A sampler that is linear reproduces its scheduler to 1e-10, or 5e-7 where the scheduler computes in float32.
 TOLERANCE = 1e-5
+# The same with images in float32, half a grey level of 8-bit pixels; with weights from LARGE_WEIGHT on float64 suffers.
+FLOAT32_TOLERANCE = 4e-3
+LARGE_WEIGHT = 1e6
 # Noise that a scheduler adds to the image itself in its last step, below which it counts as none.
 NO_NOISE = 1e-8
 
@@ -344,7 +348,7 @@ def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # 
             "options with a last step to the clean image, such as set_alpha_to_one=True or final_sigmas_type='zero'."
         )
     # In units of what their own step added; one that added none has none to take out.
-    past_noise = torch.where(std.abs() > NO_NOISE, noise_weights / std, 0.0).tril(-1)
+    past_noise = without_rounding(torch.where(std.abs() > NO_NOISE, noise_weights / std, 0.0).tril(-1))
     std = torch.cat([std[:-1].abs(), std.new_zeros(1)])
     schedule = NoiseSchedule.from_scheduler(scheduler)
     prior = torch.stack(schedule.alpha_sigma(timesteps[0]))
@@ -362,11 +366,20 @@ def _verify(
     set_timesteps: Mapping[str, Any],
     step: Mapping[str, Any],
 ) -> None:
-    error = rollout_error(coefficients, scheduler, num_steps, set_timesteps, step)
-    if not error < TOLERANCE:
+    name, arguments = type(scheduler).__name__, (scheduler, num_steps, set_timesteps, step)
+    largest, error = float(coefficients.mu.abs().max()), rollout_error(coefficients, *arguments)
+    if not error < TOLERANCE and largest < LARGE_WEIGHT:
         raise NotAGGDMError(
-            f"{type(scheduler).__name__} is not linear, or keeps a state that its samples do not show: its own images "
-            f"and those of its coefficients differ by {error:.2g} (relative). Use another scheduler or other options."
+            f"{name} is not linear, or keeps a state that its samples do not show: its own images and those of its "
+            f"coefficients differ by {error:.2g} (relative). Use another scheduler or other options."
+        )
+    # Networks run in float32.
+    error = max(error, rollout_error(coefficients, *arguments, dtype=torch.float32))
+    if not error < FLOAT32_TOLERANCE:
+        raise NotAGGDMError(
+            f"{name} with {coefficients.num_steps} calls uses past predictions that its states say too little about: "
+            f"written with them, its weights are as large as {largest:.2g}, and its images are off by {error:.2g} "
+            "(relative) in float32. Use fewer calls or a lower solver_order."
         )
 
 
@@ -376,11 +389,12 @@ def rollout_error(
     num_steps: int,
     set_timesteps: Mapping[str, Any] | None = None,
     step: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> float:
     """Largest difference between the scheduler's own images and those of the coefficients over the largest pixel.
 
-    Both run in float64 from the same noise with the same nonlinear stand-in for a network,
-    tanh(x + sin(t / 100)) + x^2 / (4 + x^2).
+    Both run from the same noise with the same nonlinear stand-in for a network,
+    tanh(x + sin(t / 100)) + x^2 / (4 + x^2), the scheduler in float64, the coefficients in `dtype`.
     """
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
@@ -399,5 +413,5 @@ def rollout_error(
         set_timesteps,
         step,
     )
-    ours = unroll(network, coefficients, x_T, torch.stack(noise[:-1]) if len(noise) > 1 else None)
+    ours = unroll(network, coefficients, x_T.to(dtype), torch.stack(noise[:-1]).to(dtype) if noise[1:] else None)
     return float((ours - states[-1]).abs().max() / states[-1].abs().max())

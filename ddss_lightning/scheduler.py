@@ -341,7 +341,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         k, channels = self.step_index, sample.shape[1]
         if model_output.shape[1] == 2 * channels:
             model_output = model_output[:, :channels]
-        self._check_step(k, model_output, timestep, sample, eta, use_clipped_model_output)
+        self._check_step(k, model_output, timestep, sample, eta, use_clipped_model_output, variance_noise)
         self._states.append(sample if k else self._first_state(sample))
         dtype = torch.promote_types(sample.dtype, torch.float32)
 
@@ -374,6 +374,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: Tensor,
         eta: float,
         use_clipped_model_output: bool | None,
+        variance_noise: Tensor | None,
     ) -> None:
         if k >= self.num_steps:
             raise ValueError(f"All {self.num_steps} steps were taken; call `set_timesteps` before a new sample.")
@@ -394,6 +395,11 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"The sample of step {k} is not what step {k - 1} returned. The steps of a learned sampler use all "
                 "states before them, so that nothing can be pasted in between, as inpainting does."
+            )
+        if variance_noise is not None and variance_noise.shape != sample.shape:
+            raise ValueError(
+                f"variance_noise has shape {tuple(variance_noise.shape)}, sample {tuple(sample.shape)}; they must be "
+                "equal."
             )
         if eta or use_clipped_model_output:
             raise ValueError(

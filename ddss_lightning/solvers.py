@@ -21,6 +21,10 @@ Solver = Literal["ddim", "dpmpp_2m"]
 Stride = Literal["linear", "quadratic", "logsnr"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 STRIDES: tuple[Stride, ...] = get_args(Stride)
+# Schedulers hold their sigmas in float32.
+ROUNDING = 1e-6
+# What that makes of the shares of first and earlier noise in the states of an SDE, at most (25 calls: 7e-4).
+MISFIT = 1e-2
 
 
 def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) -> Tensor:
@@ -146,14 +150,17 @@ def ggdm_form(
 
     Args:
         state_weights: C, shape (K, K), lower triangular; in most solvers a diagonal.
-        predictions: B, shape (K, K), lower triangular, without zeros on the diagonal (but for the last).
+        predictions: B, shape (K, K), lower triangular; a prediction that its own step does not use (a zero on the
+            diagonal) cannot be used later.
         past_noise: Q, shape (K, K), strictly lower triangular. Default: zeros.
 
     Returns:
         mu, shape (K, K), lower triangular; nu, shape (K,); past_noise, shape (K, K), strictly lower triangular.
     """
     past = predictions.tril(-1)[:, :-1]
-    history = torch.linalg.solve_triangular(predictions[:-1, :-1], past, upper=False, left=False)
+    # Any number will do on the diagonal for a prediction that is not used.
+    system = predictions[:-1, :-1] + torch.diag((predictions.diagonal()[:-1] == 0).to(predictions))
+    history = torch.linalg.solve_triangular(system, past, upper=False, left=False)
     shifted = torch.nn.functional.pad(history, (1, 0))  # H S
     history = torch.nn.functional.pad(history, (0, 1))
     noise = -history if past_noise is None else past_noise - history - history @ past_noise
@@ -165,9 +172,11 @@ def solver_form(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     r"""The inverse of `ggdm_form`: C, B and Q of given coefficients.
 
     Each state is a combination of the first one, of the predictions and of the noises. B and Q are what is left of
-    x_{k+1} when its share of the first state is taken off as a multiple of x_k (of the newest state with such a share,
-    if x_k has none): C is the diagonal that a solver has, x_{k+1} = c_k x_k + ... . A step without noise does not say
-    how it would go on: Q is then 0, as in a solver that sees noise in x_k alone.
+    x_{k+1} when its share of the first state and of the noises before is taken off as a multiple of x_k (of the newest
+    state with such a share, if x_k has none): C is the diagonal that a solver has, x_{k+1} = c_k x_k + ... . With Q the
+    share of the first state decides alone: nothing else could give it. (Without, all do: of the first state next to
+    nothing is left in an SDE's last states.) A step without noise does not say how it would go on: Q is then 0, as in a
+    solver that sees noise in x_k alone. What is left of rounding is 0.
 
     Returns:
         C, B and Q, shape (K, K); see `ggdm_form`.
@@ -178,13 +187,29 @@ def solver_form(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     sources = torch.cat([torch.diag(coefficients.nu), identity + coefficients.past_noise], 1)
     parts = torch.block_diag(identity[:1, :1], sources)
     states = torch.linalg.solve_triangular(system, parts, upper=False, unitriangular=True)
-    share = states[:, 0]
+    # Of the first noise, then of those of the steps, in the size in which they are there.
+    share = torch.cat([states[:, :1] * coefficients.prior[1], states[:, num_steps + 1 :] * coefficients.std], 1)
+    sizes = share.norm(dim=1)
     state_weights = torch.zeros_like(identity)
     newest = 0
     for k in range(num_steps):
-        if share[k].abs() > 1e-10 * share.abs().max():
+        if sizes[k] > 1e-10 * sizes.max():
             newest = k
-        state_weights[k, newest] = share[k + 1] / share[newest]
+        before, after = share[newest, : k + 1], share[k + 1, : k + 1]
+        c = after @ before / before.square().sum()
+        if (after - c * before).norm() > MISFIT * sizes[k + 1] and before[0] != 0:
+            c = after[0] / before[0]
+        state_weights[k, newest] = c
     rest = states[1:, 1:] - state_weights @ states[:-1, 1:]
     predictions, noise = rest.split(num_steps, 1)
-    return state_weights, predictions.tril(), (noise * (coefficients.std != 0)).tril(-1)
+    noise = (noise * (coefficients.std != 0)).tril(-1)
+    return (
+        state_weights,
+        without_rounding(predictions.tril(), predictions.abs().amax(1, keepdim=True)),
+        without_rounding(noise),
+    )
+
+
+def without_rounding(weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Zero where a weight is within the rounding of imported numbers, a millionth of the scale."""
+    return torch.where(weights.abs() > ROUNDING * scale, weights, 0.0)

@@ -72,7 +72,12 @@ def step_weights(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
 
 def noises_used(coefficients: Coefficients) -> list[slice]:
     """Of z_0, ..., z_{K-2}, what each step looks at: its own, and those before it from the first with a weight."""
-    last, past = coefficients.num_steps - 1, coefficients.past_noise.detach().tolist()
+    last, std = coefficients.num_steps - 1, coefficients.std
+    # A weight of zero that can be learned has a slope.
+    weights = coefficients.past_noise.detach() if std.requires_grad else (coefficients.past_noise * std).detach()
+    if coefficients.past_noise.requires_grad:
+        weights = torch.ones_like(weights)
+    past = weights.tolist()
     firsts = [next((j for j in range(k) if past[k][j]), k) for k in range(last + 1)]
     return [slice(first, min(k + 1, last)) for k, first in enumerate(firsts)]
 

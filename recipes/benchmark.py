@@ -174,7 +174,7 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     """Write the recipe of a run, with as many optimiser steps as its budget allows; the recipe and its cost.
 
     Raises:
-        SystemExit: the budget does not suffice for one step.
+        SystemExit: the budget does not suffice for one step, or the folder holds a run of another recipe.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     changes = merged(
@@ -217,7 +217,8 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     max_steps -= max_steps % every
     changes = merged(changes, {"trainer": {"max_steps": max_steps}, "data": {"init_args": {"steps_per_epoch": every}}})
     text = yaml.safe_dump(changes, sort_keys=False)
-    if recipe.exists() and recipe.read_text() != text:
+    begun = (run.folder / "logs").exists() or (run.folder / "run.json").exists()
+    if begun and recipe.exists() and recipe.read_text() != text:
         raise SystemExit(f"'{run.folder}' holds a run of another recipe; delete it, or give another --output.")
     with replacing(recipe) as partial:
         partial.write_text(text)

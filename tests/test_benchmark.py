@@ -56,6 +56,9 @@ def run(benchmark, monkeypatch, *arguments):
 
 def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monkeypatch, tmp_path):
     path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    # What is only planned can be planned otherwise.
+    path.write_text(yaml.safe_dump({**SWEEP, "calls": {2: 500, 3: 2000}}))
+    run(benchmark, monkeypatch, path, "--output", output, "--plan")
     path.write_text(yaml.safe_dump(SWEEP))
     run(benchmark, monkeypatch, path, "--output", output, "--plan")
     assert "6 runs" in (output / "plan.md").read_text()

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     SchedulerMixin,
@@ -19,6 +20,7 @@ from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.noise import draw_noise
 from ddss_lightning.probing import NotAGGDMError, build_scheduler, probe, rollout_error, run_scheduler, scheduler_steps
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.unroll import noises_used
 
 EXACT, FLOAT32 = 1e-10, 5e-7
 NO_CLIP = {"clip_sample": False}
@@ -313,6 +315,28 @@ def test_the_scheduler_is_not_changed():
 def test_refusals_say_why(scheduler, more, message):
     with pytest.raises(ValueError, match=message):
         probe(scheduler, 5, **more)
+
+
+@pytest.mark.parametrize("num_steps", [25, 30])
+def test_weights_that_float32_cannot_bear_are_refused(num_steps):
+    """The noise of SDE steps hides the past predictions; with 25 calls images were off by 300 times their size."""
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3)
+    with pytest.raises(NotAGGDMError, match=f"with {num_steps} calls .* Use fewer calls or a lower solver_order"):
+        probe(scheduler, num_steps)
+    few = probe(scheduler, 15)
+    assert rollout_error(few, scheduler, 15, dtype=torch.float32) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "step"),
+    [(DDIMScheduler(**NO_CLIP), {"eta": 1.0}), (EulerAncestralDiscreteScheduler(), {})],
+    ids=["DDIMScheduler", "EulerAncestralDiscreteScheduler"],
+)
+def test_one_step_samplers_look_at_their_own_noise_alone(scheduler, step):
+    """What rounding left made them look at all noises before."""
+    coefficients = probe(scheduler, 6, step=step)
+    assert not coefficients.past_noise.any()
+    assert noises_used(coefficients) == [slice(min(k, 5), min(k + 1, 5)) for k in range(6)]
 
 
 def test_a_sampler_that_is_not_linear_does_not_pass():

@@ -507,6 +507,8 @@ def test_wrong_use_is_told(sampler):
         scheduler.step(residual, scheduler.timesteps[1], sample)
     with pytest.raises(ValueError, match=r"model_output has shape \(2, 5, 4, 4\)"):
         scheduler.step(torch.cat([residual, residual[:, :2]], 1), scheduler.timesteps[0], sample)
+    with pytest.raises(ValueError, match=r"variance_noise has shape \(1, 1, 4, 4\), sample \(2, "):
+        scheduler.step(residual, scheduler.timesteps[0], sample, variance_noise=torch.zeros(1, 1, 4, 4))
     x = sample
     for t in scheduler.timesteps:
         x = scheduler.step(residual, t, x).prev_sample

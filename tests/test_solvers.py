@@ -11,6 +11,7 @@ from ddss_lightning.solvers import (
     ggdm_form,
     solver_form,
     stride_timesteps,
+    without_rounding,
 )
 
 
@@ -105,16 +106,39 @@ def test_ggdm_form_is_the_solver_with_a_history_of_predictions(own_noise):
 
 def test_solver_form_is_the_inverse_of_ggdm_form():
     current, predictions, past_noise, std = solver()
-    mu, nu, past = ggdm_form(current, predictions, past_noise)
     prior = torch.tensor([0.1, 1.0], dtype=torch.float64)
     pred, timesteps = torch.ones(6, 2).double(), torch.arange(6).flip(0).double()
-    found = solver_form(Coefficients(mu, nu, std, pred, timesteps, prior, past_noise=past))
+
+    def sampler(std, past_noise=None):
+        mu, nu, past = ggdm_form(current, predictions, past_noise)
+        return Coefficients(mu, nu, std, pred, timesteps, prior, past_noise=past)
+
+    # With noise, and without, where the first noise alone says what C is.
+    for found in (solver_form(sampler(std)), solver_form(sampler(0 * std))):
+        torch.testing.assert_close(found[0], current, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found[1], predictions, rtol=1e-8, atol=1e-8)
+        assert not found[2].any()
+    # Noise that goes on otherwise.
     past_noise[:, -1] = 0
-    for ours, theirs in zip(found, (current, predictions, past_noise), strict=True):
+    for ours, theirs in zip(solver_form(sampler(std, past_noise)), (current, predictions, past_noise), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
-    # Without noise nothing tells how it would go on: as in a solver that sees it in the newest state alone.
-    quiet = solver_form(Coefficients(mu, nu, 0 * std, pred, timesteps, prior, past_noise=past))
-    assert not quiet[2].any()
+
+
+def test_what_rounding_leaves_of_imported_numbers_is_no_weight():
+    weights = torch.tensor([[80.0, 0.0], [2e-6, 0.5]], dtype=torch.float64)
+    assert without_rounding(weights).tolist() == [[80.0, 0.0], [2e-6, 0.5]]
+    assert without_rounding(weights, torch.tensor([[80.0], [3.0]])).tolist() == [[80.0, 0.0], [0.0, 0.5]]
+
+
+def test_a_prediction_that_is_never_used_needs_no_weight():
+    """nu_1 = 0: a division by it made mu NaN."""
+    current, predictions, _, _ = solver()
+    predictions[:, 1] = 0
+    mu, nu, past = ggdm_form(current, predictions)
+    assert nu[1] == 0
+    assert mu.isfinite().all()
+    assert past.isfinite().all()
+    assert not past[:, 1].any()
 
 
 def test_2m_converges_at_second_order(schedule):

@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 import weakref
 
@@ -26,10 +27,18 @@ def moved_sampler(schedule, **options):
         {"anchor": "ddim", "eta": 0.5},
         {"parametrization": "ggdm", "anchor": "ddim", "eta": 0.5, "learn": ("mu", "nu", "std", "time")},
         {"parametrization": "ggdm", "anchor": "dpmpp_2m", "learn": ("mu", "nu", "std", "pred", "time")},
+        {"parametrization": "ggdm", "anchor": "dpmpp_2m", "eta": 0.5, "learn": ("mu", "nu", "std", "time")},
+        "noise again",
     ],
 )
 def test_autograd_through_the_chain_is_finite_differences(mixture, options):
-    sampler = moved_sampler(mixture.schedule, **options)
+    if options == "noise again":
+        # Given numbers whose past predictions see the noise: no noise of earlier steps now, some when std moves.
+        given = moved_sampler(mixture.schedule, anchor="dpmpp_2m", eta=0.5).coefficients().detach()
+        given = dataclasses.replace(given, past_noise=torch.zeros_like(given.mu))
+        sampler = GGDMSampler.from_coefficients(mixture.schedule, given, learn=("mu", "std"))
+    else:
+        sampler = moved_sampler(mixture.schedule, **options)
     generator = torch.Generator().manual_seed(1)
     x_T, noise, real = (
         torch.randn(*n, 1, 2, 2, dtype=torch.float64, generator=generator) for n in ((6,), (3, 6), (8,))
