@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
+from ddss_lightning import __version__
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
 from ddss_lightning.commands import COMMANDS, sampler_folder
 from ddss_lightning.compare import compare, parse
@@ -26,6 +27,8 @@ from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
 
+# Of `ckpt_path`, which Lightning resolves.
+KEYWORDS = ("last", "best", "hpc", "registry")
 # Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
 EXPECTED = (
     ".*does not have many workers.*",
@@ -113,6 +116,12 @@ class DDSSCommandLine(LightningCLI):
             "--pretrained_sampler", type=str | None, help="folder of a saved sampler, used instead of the recipe's"
         )
 
+    def before_instantiate_classes(self) -> None:
+        """`seed_everything` is the seed of learning too, unless `model.seed` is given."""
+        seed, model = self._get(self.config, "seed_everything"), self._get(self.config, "model")
+        if type(seed) is int and model is not None and model.get("seed") == 0:
+            model["seed"] = seed
+
     def instantiate_classes(self) -> None:
         """Make the recipe's objects; a saved sampler takes the place of the recipe's.
 
@@ -131,11 +140,14 @@ class DDSSCommandLine(LightningCLI):
             )
         if folder and checkpoint:
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
+        if checkpoint and checkpoint not in KEYWORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+            raise ValueError(f"--ckpt_path: there is no file '{checkpoint}', seen from '{Path.cwd()}'.")
         super().instantiate_classes()
         if checkpoint == "last":
             self._go_on()
         if folder:
-            self.model.load_sampler(sampler_folder(folder))
+            learn = self.model.sampler.config["learn"] if self.subcommand == "fit" else ()
+            self.model.load_sampler(sampler_folder(folder), learn)
 
     def _go_on(self) -> None:
         """The same command starts a fit and goes on with it: from the checkpoint in its folder, where there is one.
@@ -153,12 +165,14 @@ class DDSSCommandLine(LightningCLI):
         keepers = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
         if any(keeper._find_last_checkpoints(self.trainer) for keeper in keepers):
             self.quality.overwrite = True
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SaveConfig):
-                    callback.overwrite = True
         else:
+            # A run that ended before its first checkpoint, if any, has nothing to lose but its start.
             rank_zero_info("there is no checkpoint in the folder of the run yet: a new fit")
             self.config_init[self.subcommand]["ckpt_path"] = None
+            self.quality.overwrite_start = True
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig):
+                callback.overwrite = True
 
     def before_predict(self) -> None:
         """Images go to files; in memory they would be kept until the end."""
@@ -216,6 +230,7 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
         seed_everything_default=0,
         parser_kwargs={
             "exit_on_error": False,
+            "version": __version__,
             "description": "Learn and use fast samplers. Besides the subcommands below: `ddss compare` scores "
             "samplers, `ddss export` writes one for diffusers, `ddss inspect` shows what it is; all take --help.",
         },

@@ -27,6 +27,8 @@ from torch import Tensor
 # Beyond these a marginal is reported: states of a size of 10, an image at less than half or more than 1.5 of x_0.
 SANE_GROWTH = 10.0
 SANE_IMAGE = (0.5, 1.5)
+# Of imported numbers: schedulers hold their sigmas in float32.
+ROUNDING = 1e-6
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm_epsilon", "edm_v_prediction"]
 
@@ -280,3 +282,8 @@ def prediction_pair(prediction_type: PredictionType, alpha: Tensor, sigma: Tenso
     raise ValueError(
         f"Unknown prediction_type '{prediction_type}'; choose one of {', '.join(get_args(PredictionType))}."
     )
+
+
+def without_rounding(weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Zero where a weight is within the rounding of imported numbers, a millionth of the scale."""
+    return torch.where(weights.abs() > ROUNDING * scale, weights, 0.0)

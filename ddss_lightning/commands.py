@@ -100,16 +100,21 @@ Scores as the sampler's card has them:
 """
 
 
-def inspect(sampler: str, picture: str | None = None) -> None:
+def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -> None:
     """Show what a sampler is: network calls, anchor, what was learned, a table of its steps, and what looks wrong.
 
     Args:
         sampler: a saved sampler, or the log folder of a fit.
         picture: a PNG file for the heat map of mu and nu.
+        overwrite: replace a picture that is already there.
 
     Raises:
-        ValueError: no sampler there, or a damaged one.
+        ValueError: no sampler there, or a damaged one; a picture that is no `.png`, or is there already.
     """
+    if picture and Path(picture).suffix.lower() != ".png":
+        raise ValueError(f"--picture must be a PNG file, such as mu.png, got '{picture}'.")
+    if picture and (Path(picture).is_dir() or (Path(picture).exists() and not overwrite)):
+        raise ValueError(f"'{picture}' is already there; give another file or --overwrite=true.")
     source = sampler_folder(sampler)
     loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
     print(loaded)

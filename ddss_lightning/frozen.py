@@ -43,3 +43,25 @@ class Frozen(nn.Module):
                 digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_gradient(output: Tensor, name: str, inputs: dict[str, Tensor]) -> None:
+    """Make sure that a network of one's own can be differentiated through.
+
+    Args:
+        output: of any shape.
+        name: of the network, in the message.
+        inputs: from which it was computed, by their names in the message; all require a gradient.
+
+    Raises:
+        ValueError: it does not depend on one of them, as far as autograd knows.
+    """
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    if output.requires_grad:
+        found = torch.autograd.grad(output.float().sum(), list(inputs.values()), allow_unused=True)
+    for what, gradient in zip(inputs, found, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"The output of {name} has no gradient with respect to the {what}, through which the sampler is "
+                "learned: its forward must have no torch.no_grad, no detach, and no rounded times (`long`, `round`)."
+            )

@@ -17,12 +17,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
-from ddss_lightning.coefficients import Coefficients, PredictionType, prediction_pair
+from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, prediction_pair
 from ddss_lightning.files import replacing
 from ddss_lightning.probing import probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-from ddss_lightning.solvers import ROUNDING, Solver, Stride, stride_timesteps
+from ddss_lightning.solvers import Solver, Stride, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
@@ -192,6 +192,8 @@ class GGDMSampler(nn.Module):
         Raises:
             ValueError: a scheduler that is not a GGDM, see `probe`.
         """
+        if isinstance(scheduler, type):
+            raise ValueError(f"Give an instance of the scheduler, {scheduler.__name__}(...), not the class.")
         coefficients = probe(scheduler, num_steps, set_timesteps, step)
         anchor: dict[str, Any] = {
             "class_path": f"{type(scheduler).__module__.split('.')[0]}.{type(scheduler).__name__}",
@@ -253,11 +255,11 @@ class GGDMSampler(nn.Module):
     def __str__(self) -> str:
         """What the sampler is, at a glance: its anchor, what is learned, a table of its steps, and what looks wrong."""
         config, coefficients = self.config, self.coefficients().detach()
-        sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items()) or "nothing"
+        sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items())
         lines = [
             f"GGDMSampler: {self.num_steps} network calls, {config['prediction_type']}, {config['parametrization']}",
             f"anchor: {self._anchor_name()}",
-            f"learned: {sizes}",
+            f"learned: {sizes or 'nothing (fixed numbers)'}",
             "",
             coefficients.table(),
         ]
@@ -269,6 +271,8 @@ class GGDMSampler(nn.Module):
             where = "given timesteps" if config["timesteps"] else f"{config['stride']} stride"
             return f"{config['anchor']}, eta {config['eta']:g}, {where}"
         source = config["anchor"].get("class_path", "given coefficients")
+        if " " in source:  # no class: what it was learned from
+            return str(source)
         options = {name: config["anchor"].get(name) for name in ("init_args", "set_timesteps", "step")}
         options["init_args"] = {k: v for k, v in (options["init_args"] or {}).items() if k != "trained_betas"}
         shown = json.dumps({name: value for name, value in options.items() if value})

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.frozen import check_gradient
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
@@ -165,6 +166,38 @@ class DDSSModule(SamplingModule):
         self._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in learned]
 
     # ------------------------------------------------------------------------------------------------- learning
+
+    def on_fit_start(self) -> None:
+        """Find what would fail, or be learned from wrongly, at the first step, before the first sampler is scored.
+
+        Raises:
+            ValueError: too few teacher pairs; a network of one's own that lets no gradient through.
+        """
+        if self.needs_teacher and self.teacher is not None:
+            self.teacher.batch(0, self.trainer.world_size * self.batch_size)
+        if self.gauss_newton is None:
+            self._check_gradients()
+
+    def _check_gradients(self) -> None:
+        """One call of each network with two images."""
+        state = torch.zeros(2, *self.denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
+        time = self.sampler.timesteps().detach()[:1].to(state).expand(2).clone().requires_grad_()
+        images = torch.zeros(2, *self.denoiser.image_shape).to(state).requires_grad_()
+        moved = {"state": state}
+        if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
+            moved["timestep"] = time
+        with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
+            # A compiled one would be compiled once more, for two images.
+            if getattr(self.denoiser, "compile_mode", None) is None:
+                output = self.denoiser(state, time)
+                if output.shape != state.shape:
+                    raise ValueError(
+                        f"The denoiser '{self.denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
+                        f"{tuple(state.shape)}; they must be equal."
+                    )
+                check_gradient(output, f"the denoiser '{self.denoiser.name}'", moved)
+            if "features" in self.loss.needs:
+                check_gradient(self.features(images), type(self.features).__name__, {"images": images})
 
     def on_train_start(self) -> None:
         """Give the loss its real features, make the teacher's images that are missing, and set the learning rates.
@@ -320,6 +353,11 @@ class DDSSModule(SamplingModule):
         with torch.enable_grad(), full_precision(self.device.type):
             leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
             loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather))
+            if loss.ndim or not loss.requires_grad:
+                raise ValueError(
+                    f"{type(self.loss).__name__} must return a scalar that depends on the samples, got shape "
+                    f"{tuple(loss.shape)}{'' if loss.requires_grad else ' without a gradient'}."
+                )
             slopes = torch.autograd.grad(loss, list(leaves.values()))
         return loss.detach(), slopes
 

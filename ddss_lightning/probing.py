@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ddss_lightning.coefficients import Coefficients, PredictionType
+from ddss_lightning.coefficients import Coefficients, PredictionType, without_rounding
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-from ddss_lightning.solvers import without_rounding
 from ddss_lightning.unroll import unroll
 
 # Options that make `step` nonlinear, and what turns them off.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor, check_images
-from ddss_lightning.ggdm import FORMAT_VERSION, GGDMSampler, read_card
+from ddss_lightning.ggdm import FORMAT_VERSION, Degree, GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.precision import full_precision
@@ -59,6 +61,14 @@ class SamplingModule(LightningModule):
 
     @staticmethod
     def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
+        wanted = {denoiser: ("name", "schedule", "prediction_type", "image_shape"), features: ("image_shape",)}
+        for part, names in wanted.items():
+            missing = [name for name in names if not hasattr(part, name)]
+            if missing:
+                raise ValueError(
+                    f"{type(part).__name__} has no attribute `{missing[0]}`; set {', '.join(names)} in its __init__, "
+                    f"see {type(part).__mro__[1].__name__}."
+                )
         if denoiser.image_shape != features.image_shape:
             raise ValueError(
                 f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
@@ -66,8 +76,13 @@ class SamplingModule(LightningModule):
             )
         sampler.check_denoiser(denoiser)
 
-    def load_sampler(self, pretrained_path: str | Path) -> None:
+    def load_sampler(self, pretrained_path: str | Path, learn: Sequence[Degree] = ()) -> None:
         """Use a saved sampler instead of the one this module was made with.
+
+        Args:
+            pretrained_path: a local folder.
+            learn: what to learn of a sampler that was saved as fixed numbers, which do not follow log-SNRs: `logsnr` is
+                left out. What another one learns is its own affair.
 
         Raises:
             ValueError: nothing there, or a sampler that was learned for another denoiser.
@@ -78,6 +93,15 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
                 f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
+            )
+        degrees = [name for name in learn if name != "logsnr"]
+        if degrees and not sampler.corrections:
+            sampler = GGDMSampler.from_coefficients(
+                sampler.schedule,
+                sampler.coefficients().detach(),
+                degrees,
+                prediction_type=sampler.config["prediction_type"],
+                source={"class_path": f"the sampler in '{pretrained_path}'"},
             )
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
 
@@ -127,28 +151,41 @@ class SamplingModule(LightningModule):
                 "Scores and losses compare with real images: give the Trainer a data module that has "
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
-        parts = []
+        parts: list[Tensor] = []
+        number, lowest, highest = 0, math.inf, -math.inf
         for images in datamodule.real_dataloader():
-            self._check_images(images)
+            self._check_images(images, number)
+            number += len(images)
+            lowest, highest = min(lowest, float(images.min())), max(highest, float(images.max()))
             with full_precision(self.device.type):
                 parts.append(features(images.to(device=self.device, dtype=features.dtype)))
-        real = torch.cat(parts)
-        if len(real) < 2:
-            raise ValueError(f"FID and KID need at least two real images, got {len(real)}.")
-        return real
+        if number < 2:
+            raise ValueError(f"FID and KID need at least two real images, got {number}.")
+        if lowest >= 0 and highest > 0.5:
+            rank_zero_warn(
+                f"All values of the {number} real images lie in [{lowest:.3g}, {highest:.3g}]; they must be scaled to "
+                "[-1, 1], so if they are in [0, 1], use 2 x - 1."
+            )
+        return torch.cat(parts)
 
     @property
     def _image_dtype(self) -> torch.dtype:
         """Of states and images: float32, or float64 where the Trainer's precision is 64-true."""
         return torch.promote_types(cast(torch.dtype, self.dtype), torch.float32)
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor, number: int) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"Each item of the real images must be one tensor, got a batch of {type(images).__name__}; leave out "
+                "labels."
+            )
         if tuple(images.shape[1:]) != self.denoiser.image_shape:
             raise ValueError(
                 f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
                 f"{self.denoiser.image_shape} (channels, height, width); use data of that shape."
             )
-        check_images(images, "real images", "clean the data set")
+        what = f"real images {number} to {number + len(images) - 1}"
+        check_images(images, what, "clean the data set")
 
     # ----------------------------------------------------------------------------------------------- generating
 

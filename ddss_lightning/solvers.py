@@ -14,16 +14,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.coefficients import Coefficients, without_rounding
 from ddss_lightning.schedule import NoiseSchedule
 
 Solver = Literal["ddim", "dpmpp_2m"]
 Stride = Literal["linear", "quadratic", "logsnr"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 STRIDES: tuple[Stride, ...] = get_args(Stride)
-# Schedulers hold their sigmas in float32.
-ROUNDING = 1e-6
-# What that makes of the shares of first and earlier noise in the states of an SDE, at most (25 calls: 7e-4).
+# What rounding makes of the shares of first and earlier noise in the states of an SDE, at most (25 calls: 7e-4).
 MISFIT = 1e-2
 
 
@@ -208,8 +206,3 @@ def solver_form(coefficients: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
         without_rounding(predictions.tril(), predictions.abs().amax(1, keepdim=True)),
         without_rounding(noise),
     )
-
-
-def without_rounding(weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """Zero where a weight is within the rounding of imported numbers, a millionth of the scale."""
-    return torch.where(weights.abs() > ROUNDING * scale, weights, 0.0)

@@ -127,6 +127,8 @@ def test_what_does_not_fit_an_imported_anchor_is_refused(schedule):
     anchor = {"class_path": "diffusers.UniPCMultistepScheduler"}
     with pytest.raises(ValueError, match=r"'logsnr' does not exist in the anchored .* of an imported anchor"):
         GGDMSampler(schedule, 4, anchor=anchor, learn=("logsnr",))
+    with pytest.raises(ValueError, match=r"Give an instance of the scheduler, UniPCMultistepScheduler\(\.\.\.\)"):
+        GGDMSampler.from_scheduler(UniPCMultistepScheduler, 4)
     with pytest.raises(ValueError, match="eta, stride and timesteps belong to the anchors 'ddim'"):
         GGDMSampler(schedule, 4, anchor=anchor, stride="quadratic")
     with pytest.raises(ValueError, match="coefficients of 4 steps, but num_steps is 5"):
@@ -208,7 +210,7 @@ def test_print_shows_what_the_sampler_is(schedule):
     assert "warning" not in text
     imported = str(GGDMSampler.from_scheduler(DDIMScheduler(clip_sample=False), 3, step={"eta": 1.0}, learn=()))
     assert '{"init_args": {"clip_sample": false}, "step": {"eta": 1.0}} (imported)' in imported
-    assert "learned: nothing" in imported
+    assert "learned: nothing (fixed numbers)" in imported
     flow = GGDMSampler.from_scheduler(FlowMatchHeunDiscreteScheduler(), 3)
     assert NoiseSchedule.from_scheduler(FlowMatchHeunDiscreteScheduler()).matches(flow.schedule)
 

@@ -9,8 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
+import ddss_lightning
+from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.cli import command_line, main
 from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.module import DDSSModule
 from tests.conftest import DDPM, ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -291,6 +294,53 @@ def test_one_command_starts_a_fit_and_goes_on_with_it_after_sigterm(tmp_path):
     assert f"Restored all states from the checkpoint at {folder / 'checkpoints' / 'last.ckpt'}" in second.stderr
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 40
     assert [path.name for path in (tmp_path / "digits_5").iterdir()] == ["night"]
+
+
+@pytest.mark.parametrize("ended", ["cut off", "killed"])
+def test_the_command_of_a_fit_that_ended_before_its_first_checkpoint_starts_it_again(tmp_path, monkeypatch, ended):
+    """It was refused for ever: its folder held a recipe, and after a kill the sampler that it started from."""
+    flags = ["--trainer.logger.version=night", "--ckpt_path=last"]
+    with monkeypatch.context() as patch:
+        where = (SampleQuality, "_score") if ended == "cut off" else (DDSSModule, "training_step")
+        patch.setattr(*where, lambda *_: (_ for _ in ()).throw(RuntimeError("the power failed")))
+        with pytest.raises(SystemExit):
+            main(quick("fit", tmp_path, *flags))
+    folder = tmp_path / "digits_5" / "night"
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "sampler" / "sampler.json").is_file() == (ended == "killed")
+    main(quick("fit", tmp_path, *flags, "--model.lr=0.25"))
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert "lr: 0.25" in (folder / "config.yaml").read_text()
+
+
+def test_the_checkpoint_of_another_fit_is_not_overwritten(tmp_path, capsys):
+    flags = [f"--interruption.dirpath={tmp_path / 'states'}"]
+    main(quick("fit", tmp_path, *flags))
+    before = (tmp_path / "states" / "last.ckpt").read_bytes()
+    error = error_of(capsys, quick("fit", tmp_path, *flags, "--model.seed=6"))
+    assert "last.ckpt' is the checkpoint of another fit; go on with it (ckpt_path), or give another folder" in error
+    assert (tmp_path / "states" / "last.ckpt").read_bytes() == before
+
+
+def test_the_seed_of_everything_is_that_of_learning(tmp_path, capsys):
+    flags = ["-c", RECIPE, *QUICK, f"--trainer.logger.save_dir={tmp_path}"]
+    assert command_line([*flags, "--seed_everything=7"], run=False).model.seed == 7
+    assert command_line([*flags, "--seed_everything=7", "--model.seed=3"], run=False).model.seed == 3
+    assert command_line(flags, run=False).model.seed == 0
+
+
+def test_a_shipped_sampler_is_learned_further(tmp_path):
+    main(quick("fit", tmp_path, f"--pretrained_sampler={ROOT / 'checkpoints' / 'digits-ggdm-10'}"))
+    learned = GGDMSampler.from_pretrained(tmp_path / "digits_5" / "version_0" / "sampler")
+    assert learned.num_steps == 10
+    assert set(learned.corrections) == {"mu", "nu", "std", "time"}
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert ddss_lightning.__version__ in capsys.readouterr().out
 
 
 def test_the_console_script_exits_with_the_right_status():

@@ -30,6 +30,24 @@ def test_inspect_shows_steps_scores_and_draws(tmp_path, capsys):
     assert (tmp_path / "new" / "mu.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.py", "--picture must be a PNG file, such as mu.png"),
+        ("mine.png", "is already there; give another file or"),
+    ],
+)
+def test_inspect_overwrites_nothing(tmp_path, capsys, name, message):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(SystemExit):
+        main(["inspect", SAMPLER, "--picture", str(tmp_path / name)])
+    assert message in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "precious"
+    if name.endswith("png"):
+        main(["inspect", SAMPLER, "--picture", str(tmp_path / name), "--overwrite=true"])
+        assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+
+
 def test_inspect_colours_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLORTERM", "truecolor")

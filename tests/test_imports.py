@@ -40,6 +40,7 @@ ALLOWED = {
     "module": {
         "denoisers",
         "features",
+        "frozen",
         "gauss_newton",
         "ggdm",
         "images",
@@ -67,6 +68,7 @@ ALLOWED = {
         "sampling",
         "solvers",
     },
+    "__main__": {"cli"},
     "cli": {
         "commands",
         "compare",
@@ -80,7 +82,7 @@ ALLOWED = {
         "schedule",
     },
 }
-LIGHTNING = {"signals", "sampling", "module", "callbacks", "data", "compare", "cli"}
+LIGHTNING = {"signals", "sampling", "module", "callbacks", "data", "compare", "cli", "__main__"}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}
 
 

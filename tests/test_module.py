@@ -10,12 +10,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
 
 from ddss_lightning import (
     ConvFeatures,
     DDSSModule,
+    Denoiser,
     DiffusersDenoiser,
     DigitsDataModule,
+    FeatureExtractor,
     FrechetLoss,
     GaussNewton,
     GGDMSampler,
@@ -24,6 +27,7 @@ from ddss_lightning import (
     KIDLoss,
     NoiseSchedule,
     RandomFeatures,
+    SampleLoss,
     SampleQuality,
     TeacherLoss,
     TeacherPairs,
@@ -373,8 +377,11 @@ def test_parts_that_do_not_fit(denoiser, features):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.full((20, 1, 8, 8), torch.nan), "20 of 20 real images hold NaN or infinite numbers; clean the data set"),
-        (torch.full((20, 1, 8, 8), 3.0), r"real images must lie in \[-1, 1\], got values from 3 to 3"),
+        (
+            torch.full((20, 1, 8, 8), torch.nan),
+            "20 of 20 real images 0 to 19 hold NaN or infinite numbers; clean the",
+        ),
+        (torch.full((20, 1, 8, 8), 3.0), r"real images 0 to 19 must lie in \[-1, 1\], got values from 3 to 3"),
         (torch.zeros(20, 3, 8, 8), r"real images have shape \(3, 8, 8\), the model .* makes \(1, 8, 8\)"),
         (torch.zeros(20, 1, 9, 9), r"real images have shape \(1, 9, 9\)"),
     ],
@@ -388,6 +395,140 @@ def test_bad_data_is_refused_before_the_first_step(tmp_path, images, message):
     module.training_step = lambda *_: pytest.fail("a step was taken")
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, 1, enable_checkpointing=False).fit(module, Bad())
+
+
+def test_images_with_labels_and_none_at_all(tmp_path):
+    class Own(DigitsDataModule):
+        def __init__(self, dataset):
+            super().__init__()
+            self.dataset = dataset
+
+        def real_images(self):
+            return self.dataset
+
+    images = torch.zeros(20, 1, 8, 8)
+    with pytest.raises(ValueError, match="must be one tensor, got a batch of list; leave out labels"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(make(), Own(TensorDataset(images, torch.zeros(20))))
+    with pytest.raises(ValueError, match="at least two real images, got 0"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(make(), Own(TensorImages(images[:0])))
+
+
+def test_images_that_are_not_centred_are_warned_of(tmp_path):
+    """As torchvision's ToTensor leaves them."""
+
+    class Positive(DigitsDataModule):
+        def real_images(self):
+            return TensorImages(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+    with pytest.warns(UserWarning, match=r"must be scaled to \[-1, 1\], so if they are in \[0, 1\], use 2 x - 1"):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).validate(
+            make(), Positive(num_val_images=8), verbose=False
+        )
+
+
+class NoGradient(DiffusersDenoiser):
+    """As wrappers of other libraries often are."""
+
+    @torch.no_grad()
+    def forward(self, x_t, timestep):
+        return super().forward(x_t, timestep)
+
+
+class WholeTimes(DiffusersDenoiser):
+    def forward(self, x_t, timestep):
+        return super().forward(x_t, timestep.detach().long())
+
+
+class TwiceAsWide(DiffusersDenoiser):
+    def forward(self, x_t, timestep):
+        return torch.cat([x_t, super().forward(x_t, timestep)], -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NoGradient, "digits-ddpm' has no gradient with respect to the state, through which the sampler is learned"),
+        (WholeTimes, "digits-ddpm' has no gradient with respect to the timestep"),
+        (TwiceAsWide, r"returns shape \(2, 1, 8, 16\) for states of shape \(2, 1, 8, 8\)"),
+    ],
+)
+def test_a_network_that_cannot_be_learned_through_is_refused_before_scoring(tmp_path, kind, message):
+    """Learning went on with wrong gradients."""
+    denoiser = kind.from_pretrained(str(DDPM))
+    sampler = GGDMSampler(denoiser.schedule, 3, learn=("mu", "time"))
+    module = DDSSModule(denoiser, sampler, ConvFeatures.from_pretrained(FEATURES), batch_size=8)
+    module.validation_step = lambda *_: pytest.fail("a sampler was scored")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
+
+
+def test_features_without_a_gradient_are_refused(tmp_path):
+    class Blind(ConvFeatures):
+        @torch.no_grad()
+        def forward(self, images):
+            return super().forward(images)
+
+    module = make()
+    module.features = Blind().freeze()
+    with pytest.raises(ValueError, match="output of Blind has no gradient with respect to the images"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
+
+
+@pytest.mark.parametrize(
+    ("needs", "loss", "message"),
+    [
+        ({"features"}, lambda s: s["images"].mean(), "reads `images` of the samples, .*: add 'images' to its `needs`"),
+        ({"images"}, lambda s: s["images"].mean(0), r"Own must return a scalar .* got shape \(1, 8, 8\)\."),
+        ({"images"}, lambda s: s["images"].detach().mean(), r"must return a scalar .* \(\) without a gradient"),
+    ],
+)
+def test_a_loss_of_one_s_own_is_told_what_it_lacks(tmp_path, needs, loss, message):
+    class Own(SampleLoss):
+        def forward(self, samples):
+            return loss(samples)
+
+    module = make(loss=Own())
+    module.loss.needs = frozenset(needs)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
+
+
+def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
+    class Bare(FeatureExtractor):
+        def forward(self, images):
+            return images.flatten(1)
+
+    sampler = GGDMSampler(denoiser.schedule, 3)
+    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; set image_shape in its __init__"):
+        DDSSModule(denoiser, sampler, Bare())
+
+    class Half(Denoiser):
+        def forward(self, x_t, timestep):
+            return x_t
+
+    with pytest.raises(ValueError, match="Half has no attribute `name`; set name, schedule, prediction_type, image_sh"):
+        DDSSModule(Half(), sampler, features)
+
+
+def test_too_few_teacher_pairs_are_told_before_scoring(tmp_path):
+    module = make(loss=TeacherLoss(), teacher=TeacherPairs(num_pairs=4, cache_dir=str(tmp_path)))
+    module.validation_step = lambda *_: pytest.fail("a sampler was scored")
+    with pytest.raises(ValueError, match=r"A batch of 16 images.* there are 4; raise num_pairs or lower batch_size"):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
+
+
+def test_fixed_numbers_can_be_learned_further(tmp_path, denoiser):
+    module = make()
+    fixed = GGDMSampler(denoiser.schedule, 3, "dpmpp_2m", learn=())
+    fixed.save_pretrained(tmp_path / "fixed")
+    module.load_sampler(tmp_path / "fixed")
+    assert not module.sampler.corrections
+    module.load_sampler(tmp_path / "fixed", ("mu", "logsnr", "time"))
+    assert set(module.sampler.corrections) == {"mu", "time"}
+    assert f"anchor: the sampler in '{tmp_path / 'fixed'}'\n" in str(module.sampler)
+    for name in ("mu", "nu", "std", "pred", "timesteps"):
+        ours, theirs = (getattr(each.coefficients(), name) for each in (module.sampler, fixed))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_no_real_images(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from ddss_lightning.coefficients import Coefficients, marginals
+from ddss_lightning.coefficients import Coefficients, marginals, without_rounding
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.solvers import (
     STRIDES,
@@ -11,7 +11,6 @@ from ddss_lightning.solvers import (
     ggdm_form,
     solver_form,
     stride_timesteps,
-    without_rounding,
 )
 
 

@@ -55,7 +55,7 @@ class Interruption(ModelCheckpoint):
         dirpath: where `last.ckpt` goes; default `<log folder>/checkpoints`.
 
     Raises:
-        ValueError: `minutes` is negative.
+        ValueError: `minutes` is negative; when a fit starts, a folder that holds the checkpoint of another one.
     """
 
     def __init__(self, minutes: float = 10.0, dirpath: str | None = None) -> None:
@@ -72,6 +72,21 @@ class Interruption(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Refuse to overwrite the checkpoint of another fit, before any work starts.
+
+        Raises:
+            ValueError: the folder holds one, and this fit does not go on from that folder.
+        """
+        if getattr(trainer, "fast_dev_run", False) or "://" in self.path:
+            return
+        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.path).resolve().parent
+        if trainer.strategy.broadcast(not resumed and Path(self.path).exists()):
+            raise ValueError(
+                f"'{self.path}' is the checkpoint of another fit; go on with it (ckpt_path), or give another folder "
+                "(dirpath, or the logger's version)."
+            )
 
     # ------------------------------------------------------------------------------------------------------ signals
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from ddss_lightning.features.base import FeatureExtractor, finite
-from ddss_lightning.ggdm import CARD_NAME
+from ddss_lightning.ggdm import CARD_NAME, read_card
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.precision import full_precision
 from ddss_lightning.sampling import SamplingModule
@@ -153,6 +153,8 @@ class SampleQuality(Callback):
         if fid_only and monitor != "fid":
             raise ValueError(f"fid_only leaves nothing but the FID, but monitor is '{monitor}'; use one or the other.")
         self.monitor, self.dirpath, self.overwrite, self.tolerance = monitor, dirpath, overwrite, tolerance
+        # Allow the run's folder to hold the sampler that it starts from: it was cut off before its first checkpoint.
+        self.overwrite_start = False
         self.precision_recall, self.fid_only = precision_recall, fid_only
         self.judge = None if judge is None else judge.freeze()
         self.initial: dict[str, float] = {}
@@ -191,7 +193,8 @@ class SampleQuality(Callback):
             raise ValueError(f"'{folder}' is no folder; give another dirpath for the best sampler.")
         if self.overwrite or trainer.ckpt_path is not None:
             return
-        if (folder / CARD_NAME).exists():
+        cut_off = self.overwrite_start and self.dirpath is None
+        if (folder / CARD_NAME).exists() and not (cut_off and _is_start(folder)):
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
 
     def _begin(self, module: SamplingModule) -> None:
@@ -431,6 +434,11 @@ class SampleQuality(Callback):
         self._scored_step = state_dict.get("scored_step", self.best_step)
         self._lowest = state_dict.get("lowest", self.best.get(self.monitor, math.inf))
         self._protocol = state_dict.get("protocol", {})
+
+
+def _is_start(folder: Path) -> bool:
+    """Whether the sampler there is the one that a fit started from."""
+    return bool(read_card(folder)["scores"].get("training_step") == 0)
 
 
 def _base_model(module: SamplingModule) -> dict[str, str]:

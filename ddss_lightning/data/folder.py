@@ -15,7 +15,7 @@ from ddss_lightning.data.base import ImageDataModule
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class FolderImages(Dataset[Tensor]):
@@ -40,7 +40,9 @@ class FolderImages(Dataset[Tensor]):
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         if not Path(root).is_dir():
             raise ValueError(f"There is no image folder '{root}'; give the folder that holds the real images.")
-        self.files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES)
+        # Hidden files are no images, such as those that macOS leaves in archives.
+        files = (path for path in Path(root).rglob("*") if not path.name.startswith("."))
+        self.files = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
         if not self.files:
             raise ValueError(f"'{root}' holds no image file ({', '.join(sorted(SUFFIXES))}).")
         self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[image_channels]

@@ -85,6 +85,7 @@ class DiffusersDenoiser(Denoiser):
         self.num_labels, self.null_label = num_labels, null_label
         self.labels: Tensor | None = None
         self.guidance_scale = 1.0
+        self.compile_mode: str | None = None
         self.overwrites_outputs = False
         self.freeze()
 
@@ -133,7 +134,7 @@ class DiffusersDenoiser(Denoiser):
         if compile_mode is not None:
             unet.compile(mode=compile_mode)
         denoiser = cls(unet, schedule, scheduler_prediction_type(scheduler), pretrained_path, null_label, vae)
-        denoiser.overwrites_outputs = compile_mode in CUDA_GRAPHS
+        denoiser.compile_mode, denoiser.overwrites_outputs = compile_mode, compile_mode in CUDA_GRAPHS
         return denoiser
 
     @property

@@ -45,7 +45,10 @@ class Samples:
         """
         found = getattr(self, name)
         if found is None:
-            raise ValueError(f"The loss needs `{name}` of the samples: give Samples({name}=...).")
+            raise ValueError(
+                f"The loss reads `{name}` of the samples, which were made without: add '{name}' to its `needs`, or, "
+                f"where they are made by hand, give Samples({name}=...)."
+            )
         return found  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class WeightedSum(SampleLoss):
     def __init__(self, losses: dict[str, SampleLoss], weights: dict[str, float] | None = None) -> None:
         super().__init__()
         weights = weights or {}
+        if not isinstance(losses, Mapping):
+            raise ValueError(f"losses must be a mapping from names to losses, got {type(losses).__name__}.")
         if not losses:
             raise ValueError("losses must hold at least one loss, got {}.")
         for name in losses:

@@ -76,6 +76,12 @@ def test_a_damaged_file_is_named(tmp_path):
         list(ImageFolderDataModule(str(tmp_path), image_size=4).real_dataloader())
 
 
+def test_hidden_files_are_no_images_and_tiff_are(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves in archives")
+    assert len(ImageFolderDataModule(str(tmp_path), image_size=4).real_images()) == 1
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="holds no image file"):
         ImageFolderDataModule(str(tmp_path), image_size=4).setup()

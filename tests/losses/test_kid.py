@@ -58,7 +58,7 @@ def test_bad_arguments():
         KIDLoss(real="all")
     with pytest.raises(ValueError, match="call `fit_real` first"):
         KIDLoss()(Samples(draw(3, 2)))
-    with pytest.raises(ValueError, match=r"needs `real` of the samples: give Samples\(real=...\)"):
+    with pytest.raises(ValueError, match=r"reads `real` of the samples, which were made without: add"):
         KIDLoss(real="batch")(Samples(draw(3, 2)))
     with pytest.raises(ValueError, match="at least two real feature vectors"):
         KIDLoss().fit_real(draw(1, 2))

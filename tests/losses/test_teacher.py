@@ -84,5 +84,5 @@ def test_bad_arguments():
         PerceptualDistance("resnet")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         TeacherLoss(batch_size=0)
-    with pytest.raises(ValueError, match="needs `target` of the samples"):
+    with pytest.raises(ValueError, match="reads `target` of the samples"):
         TeacherLoss()(Samples(images=draw(2, 1, 2, 2)))

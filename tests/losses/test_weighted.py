@@ -53,6 +53,8 @@ def test_it_needs_what_its_losses_need_and_leaves_memory_to_them():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="at least one loss"):
         WeightedSum({})
+    with pytest.raises(ValueError, match="must be a mapping from names to losses, got list"):
+        WeightedSum([KIDLoss()])
     with pytest.raises(ValueError, match="weights: there is no loss 'fid'; the losses are kid"):
         WeightedSum({"kid": KIDLoss()}, {"fid": 1.0})
     with pytest.raises(ValueError, match="The weight of 'kid' must be a number of at least 0, got -1"):
