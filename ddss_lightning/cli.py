@@ -252,6 +252,10 @@ def main(args: list[str] | None = None) -> None:
             compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
             command_line(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough, as in `ddss inspect DIR | head`; what is left would be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise

@@ -123,15 +123,14 @@ def anchor_formula(
     angles = torch.where(angles >= 0, angles, -angles)
     state_weight = sigma_next * angles.cos() / sigma
     data_weight = alpha_next - alpha * state_weight
-    if solver == "dpmpp_2m" and len(logsnrs) > 2:
-        steps = logsnrs.diff()
-        extrapolation = torch.nn.functional.pad(steps[1:] / (2 * steps[:-1]), (1, 1))
-        past = data_weight * extrapolation
-        predictions = torch.diag(data_weight + past) - torch.diag(past[1:], -1)
-    else:
-        predictions = torch.diag(data_weight)
-    mu, nu, past_noise = ggdm_form(torch.diag(state_weight), predictions)
-    return mu, nu, sigma_next * angles.sin(), past_noise
+    std, current = sigma_next * angles.sin(), torch.diag(state_weight)
+    if solver == "ddim" or len(logsnrs) <= 2:
+        return current, data_weight, std, torch.zeros_like(current)
+    steps = logsnrs.diff()
+    extrapolation = torch.nn.functional.pad(steps[1:] / (2 * steps[:-1]), (1, 1))
+    past = data_weight * extrapolation
+    mu, nu, past_noise = ggdm_form(current, torch.diag(data_weight + past) - torch.diag(past[1:], -1))
+    return mu, nu, std, past_noise
 
 
 def ggdm_form(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -46,6 +48,14 @@ def test_inspect_overwrites_nothing(tmp_path, capsys, name, message):
     if name.endswith("png"):
         main(["inspect", SAMPLER, "--picture", str(tmp_path / name), "--overwrite=true"])
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+
+
+def test_inspect_into_a_closed_pipe_is_silent():
+    command = [sys.executable, "-m", "ddss_lightning", "inspect", SAMPLER]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
 
 
 def test_inspect_colours_a_terminal(monkeypatch, capsys):

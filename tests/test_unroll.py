@@ -4,11 +4,12 @@ import weakref
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from ddss_lightning.ggdm import DEGREES, GGDMSampler
 from ddss_lightning.losses import kid
 from ddss_lightning.remat import KeepAll, MemoryBudget, RecomputeEvery, Remat, measured_call
-from ddss_lightning.unroll import unroll
+from ddss_lightning.unroll import noises_used, unroll
 
 
 def moved_sampler(schedule, **options):
@@ -61,6 +62,16 @@ def test_autograd_through_the_chain_is_finite_differences(mixture, options):
                 flat[index] = start
             slope = ((above - below) / (2 * h)).item()
             assert value.grad.view(-1)[index].item() == pytest.approx(slope, rel=2e-5, abs=1e-7), (name, index)
+
+
+@pytest.mark.parametrize("anchor", ["ddim", EulerAncestralDiscreteScheduler()])
+def test_a_step_of_a_one_step_sampler_looks_at_its_own_noise(schedule, anchor):
+    if anchor == "ddim":
+        sampler = GGDMSampler(schedule, 5, anchor, eta=0.5, learn=("std", "logsnr"))
+    else:
+        sampler = GGDMSampler.from_scheduler(anchor, 5, learn=("std",))
+    assert sampler.coefficients().std.requires_grad
+    assert noises_used(sampler.coefficients()) == [slice(k, min(k + 1, 4)) for k in range(5)]
 
 
 POLICIES = ["none", "denoiser", "every(2)", "budget(1)", "budget(1GiB)", "none+offload", "denoiser+offload"]
