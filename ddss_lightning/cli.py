@@ -27,7 +27,7 @@ from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
 
-# Of `ckpt_path`, which Lightning resolves.
+# What Lightning resolves in `ckpt_path`, such as `registry:model`.
 KEYWORDS = ("last", "best", "hpc", "registry")
 # Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
 EXPECTED = (
@@ -140,7 +140,8 @@ class DDSSCommandLine(LightningCLI):
             )
         if folder and checkpoint:
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
-        if checkpoint and checkpoint not in KEYWORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+        local = checkpoint and checkpoint.partition(":")[0] not in KEYWORDS and "://" not in checkpoint
+        if local and not Path(checkpoint).exists():
             raise ValueError(f"--ckpt_path: there is no file '{checkpoint}', seen from '{Path.cwd()}'.")
         super().instantiate_classes()
         if checkpoint == "last":

@@ -185,7 +185,7 @@ class DDSSModule(SamplingModule):
         images = torch.zeros(2, *self.denoiser.image_shape).to(state).requires_grad_()
         moved = {"state": state}
         if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
-            moved["timestep"] = time
+            moved["timestep (for `time` and `logsnr` in `learn`)"] = time
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
             # A compiled one would be compiled once more, for two images.
             if getattr(self.denoiser, "compile_mode", None) is None:
