@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
     from ddss_lightning.coefficients import Coefficients
     from ddss_lightning.data import DigitsDataModule, GlyphsDataModule, ImageDataModule, ImageFolderDataModule
-    from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser
+    from ddss_lightning.denoisers import Denoiser, DiffusersDenoiser, MixtureDenoiser, TextDenoiser
     from ddss_lightning.features import (
         ConvFeatures,
         DenoiserFeatures,
@@ -44,7 +44,7 @@ _ROOMS = {
     "callbacks": ("ImageWriter", "Interruption", "SampleQuality", "SamplerPictures"),
     "coefficients": ("Coefficients",),
     "data": ("DigitsDataModule", "GlyphsDataModule", "ImageDataModule", "ImageFolderDataModule"),
-    "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser"),
+    "denoisers": ("Denoiser", "DiffusersDenoiser", "MixtureDenoiser", "TextDenoiser"),
     "features": (
         "ConvFeatures",
         "DenoiserFeatures",
@@ -113,6 +113,7 @@ __all__ = [
     "SamplingModule",
     "TeacherLoss",
     "TeacherPairs",
+    "TextDenoiser",
     "WeightedSum",
 ]
 

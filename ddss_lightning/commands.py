@@ -119,7 +119,9 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
     loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
     print(loaded)
     _print_heat_map(loaded)
-    print(f"learned for: {card['base_model'].get('name', 'unknown')}")
+    base_model = card["base_model"]
+    settings = ", ".join(f"{name} {value}" for name, value in base_model.get("settings", {}).items())
+    print(f"learned for: {base_model.get('name', 'unknown')}{f' ({settings})' if settings else ''}")
     print(f"scores: {json.dumps(card['scores'])}")
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)

@@ -402,11 +402,11 @@ class Scorer:
     def images(self, candidate: Candidate, seed: int) -> Tensor:
         """The first images of the test noise, the same noise for every candidate; black where they are not finite."""
         module = self.module
-        indices = list(range(GRID_IMAGES))
-        x_T, noise = held_out_noise(f"test/{seed}", indices, module.denoiser.state_shape, candidate.nfe)
+        key, indices = f"test/{seed}", list(range(GRID_IMAGES))
+        x_T, noise = held_out_noise(key, indices, module.denoiser.state_shape, candidate.nfe)
         # The Trainer has taken the model from its device when it was done.
         device = self.trainer.strategy.root_device
-        denoiser = module.denoiser.to(device)
+        denoiser = module.denoiser.to(device).for_samples(key, indices)
         images = candidate.sampler.to(device)(denoiser, x_T.to(device), noise=noise.to(device))
         return to_pixels(denoiser.decode(images)).nan_to_num(-1.0).cpu()
 

@@ -386,7 +386,7 @@ class GGDMSampler(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        base_model: Mapping[str, str] | None = None,
+        base_model: Mapping[str, Any] | None = None,
         scores: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -399,7 +399,7 @@ class GGDMSampler(nn.Module):
 
         Args:
             save_directory: a folder; created, parents included.
-            base_model: name and fingerprint of the denoiser that it was learned for.
+            base_model: name, fingerprint and settings of the denoiser that it was learned for.
             scores: any JSON data that says how good it is and how that was measured.
             overwrite: replace a sampler that is already there.
 

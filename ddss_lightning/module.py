@@ -180,22 +180,23 @@ class DDSSModule(SamplingModule):
 
     def _check_gradients(self) -> None:
         """One call of each network with two images."""
-        state = torch.zeros(2, *self.denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
+        denoiser = self.denoiser.for_samples("check", range(2))
+        state = torch.zeros(2, *denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
         time = self.sampler.timesteps().detach()[:1].to(state).expand(2).clone().requires_grad_()
-        images = torch.zeros(2, *self.denoiser.image_shape).to(state).requires_grad_()
+        images = torch.zeros(2, *denoiser.image_shape).to(state).requires_grad_()
         moved = {"state": state}
         if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
             moved["timestep (for `time` and `logsnr` in `learn`)"] = time
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
             # A compiled one would be compiled once more, for two images.
-            if getattr(self.denoiser, "compile_mode", None) is None:
-                output = self.denoiser(state, time)
+            if getattr(denoiser, "compile_mode", None) is None:
+                output = denoiser(state, time)
                 if output.shape != state.shape:
                     raise ValueError(
-                        f"The denoiser '{self.denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
+                        f"The denoiser '{denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
                         f"{tuple(state.shape)}; they must be equal."
                     )
-                check_gradient(output, f"the denoiser '{self.denoiser.name}'", moved)
+                check_gradient(output, f"the denoiser '{denoiser.name}'", moved)
             if "features" in self.loss.needs:
                 check_gradient(self.features(images), type(self.features).__name__, {"images": images})
 
@@ -248,12 +249,16 @@ class DDSSModule(SamplingModule):
             )
         return self.teacher.load(self.denoiser)
 
-    def generated(self, x_T: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
-        """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order."""
-        x_0 = self._last_state(self.sampler, x_T, noise)
+    def generated(self, x_T: Tensor, noise: Tensor | None, denoiser: Denoiser | None = None) -> tuple[Tensor, ...]:
+        """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order.
+
+        `denoiser` is that of these samples, see `Denoiser.for_samples`.
+        """
+        denoiser = denoiser or self.denoiser
+        x_0 = self._last_state(self.sampler, denoiser, x_T, noise)
 
         def outputs(part: Tensor) -> tuple[Tensor, ...]:
-            images = to_pixels(self.denoiser.decode(part))
+            images = to_pixels(denoiser.decode(part))
             return tuple(self.features(images) if name == "features" else images for name in self._outputs)
 
         return self._in_parts(outputs, x_0)
@@ -273,10 +278,11 @@ class DDSSModule(SamplingModule):
         """The loss of one batch of fresh samples, or a Gauss-Newton step."""
         if self.gauss_newton is not None:
             return self._gauss_newton_step(self.gauss_newton)
-        x_T, noise, target = self._start()
+        key, samples, x_T, noise, target = self._start()
 
         def part(where: slice) -> tuple[Tensor, ...]:
-            return self.generated(x_T[where], None if noise is None else noise[:, where])
+            denoiser = self.denoiser.for_samples(key, samples[where])
+            return self.generated(x_T[where], None if noise is None else noise[:, where], denoiser)
 
         def loss_and_slopes(outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
             return self._loss_and_slopes(outputs, batch, target)
@@ -295,24 +301,27 @@ class DDSSModule(SamplingModule):
         # The value of the loss, with the gradient of `linear`.
         return loss + (linear - linear.detach())
 
-    def _start(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x_T of this process's batch, noise of the steps, and the teacher's images from x_T, where they are needed.
+    def _start(self) -> tuple[str, Sequence[int], Tensor, Tensor | None, Tensor | None]:
+        """What this process's batch starts from.
 
-        x_T requires a gradient where it is to move.
+        Returns:
+            Key and indices of the samples, x_T, noise of the steps, and the teacher's images from x_T, where they are
+            needed. x_T requires a gradient where it is to move.
         """
         start = self.global_rank * self.batch_size
-        key, shape = ("train", self.seed, self.global_step), self.denoiser.state_shape
+        samples, shape = range(start, start + self.batch_size), self.denoiser.state_shape
         noisy = self.sampler.uses_noise
         draws = self.sampler.num_steps if noisy else 1
-        x_T, drawn = batch_noise(key, start, start + self.batch_size, shape, draws)
+        key = ("train", self.seed, self.global_step)
+        x_T, drawn = batch_noise(key, samples.start, samples.stop, shape, draws)
         noise = drawn if noisy else None
         if self._targets is None or self.teacher is None:
-            return x_T, noise, None
+            return "/".join(map(str, key)), samples, x_T, noise, None
         pairs = self._own_pairs()
         x_T, target = self.teacher.noise(pairs, shape), self._targets[pairs]
         if self._offsets is not None:
             x_T = (x_T + self._offsets[pairs]).requires_grad_()
-        return x_T, noise, target.to(self.device, self._image_dtype)
+        return self.teacher.noise_key, pairs, x_T, noise, target.to(self.device, self._image_dtype)
 
     def _pairs(self) -> list[int]:
         """The teacher pairs of this step, of all processes."""
@@ -394,10 +403,10 @@ class DDSSModule(SamplingModule):
 
         In full precision and not rounded to pixels: differences of a thousandth drown in either.
         """
-        ((x_T, noise),) = self._draws("differences", self.batch_size)
+        ((denoiser, x_T, noise),) = self._draws("differences", self.batch_size)
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
         with full_precision(self.device.type):
-            replay = Replay(self.denoiser, self.sampler.coefficients(), x_T, noise)
+            replay = Replay(denoiser, self.sampler.coefficients(), x_T, noise)
 
         def measure() -> Tensor:
             with full_precision(self.device.type):
@@ -409,9 +418,9 @@ class DDSSModule(SamplingModule):
     def _moments(self, distance: FrechetResidual, purpose: str, num_images: int) -> Tensor:
         """Moments of samples as they are scored."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x_T, noise in self._draws(purpose, num_images):
+        for denoiser, x_T, noise in self._draws(purpose, num_images):
             with full_precision(self.device.type):
-                x_0 = self._last_state(self.sampler, x_T, noise)
+                x_0 = self._last_state(self.sampler, denoiser, x_T, noise)
                 total = total + self._moments_of(distance, x_0, to_pixels) * len(x_T)
         return self._everyone(total / num_images)
 
@@ -419,11 +428,13 @@ class DDSSModule(SamplingModule):
         (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
         return distance.moments(features)
 
-    def _draws(self, purpose: str, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Noise of this step and process, in batches."""
-        generator = generator_for(f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
+    def _draws(self, purpose: str, num_images: int) -> Iterator[tuple[Denoiser, Tensor, Tensor]]:
+        """Denoiser and noise of this step and process, in batches."""
+        key = (f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
+        generator = generator_for(*key)
         for part in torch.arange(num_images).split(self.batch_size):
-            yield draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
+            x_T, noise = draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
+            yield self.denoiser.for_samples("/".join(map(str, key)), part.tolist()), x_T, noise
 
     def _everyone(self, moments: Tensor) -> Tensor:
         """The mean over processes."""
@@ -561,13 +572,14 @@ class DDSSModule(SamplingModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def _compared(self) -> dict[str, Any]:
-        """What each loss is, and the teacher pairs where one needs them, but for how they are kept on disk."""
+        """What each loss is, the teacher pairs where one needs them, but for how they are kept on disk; guidance."""
         losses = every_loss(self.loss).items()
         found: dict[str, Any] = {f"loss.{name}".rstrip("."): part.identity() for name, part in losses}
         if self.teacher is not None and self.needs_teacher:
             settings = dataclasses.asdict(self.teacher).items()
             found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}
-        return found
+        shown = self.denoiser.settings()
+        return found | {f"denoiser.{name}": shown[name] for name in ("guidance_scale", "prompts") if name in shown}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note, too, what the loss and the start noise became, and how many steps were skipped."""
@@ -597,8 +609,8 @@ class DDSSModule(SamplingModule):
         if other and self._trainer is not None and self.trainer.state.fn == "fit":
             pairs = ", ".join(f"{key}: {theirs.get(key)} instead of {ours.get(key)}" for key in other)
             raise ValueError(
-                f"The checkpoint is of a fit with another loss or teacher ({pairs}); resume with the recipe it was "
-                "started with."
+                f"The checkpoint is of a fit with another loss, teacher or guidance ({pairs}); resume with the recipe "
+                "it was started with."
             )
         if not other:
             losses, memories = every_loss(self.loss), checkpoint.get("loss_memory", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,3 +56,13 @@ def held_out_noise(key: str, indices: list[int], image_shape: tuple[int, ...], n
     draws = [draw_noise(image_shape, num_steps, generator_for("held-out", key, index)) for index in indices]
     x_T, noise = zip(*draws, strict=True)
     return torch.stack(x_T), torch.stack(noise, dim=1)
+
+
+def take_turns(key: str, indices: Sequence[int], num: int) -> Tensor:
+    """Which of `num` conditions each sample gets: equal numbers of all, in turn, from a start that the key gives.
+
+    Returns:
+        (start(key) + index) mod num, integers, shape (N,).
+    """
+    start = int(torch.randint(num, (), generator=generator_for("conditions", key)))
+    return (torch.as_tensor(list(indices), dtype=torch.long) + start) % num

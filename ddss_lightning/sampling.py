@@ -189,25 +189,32 @@ class SamplingModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------- generating
 
-    def generate(self, x_T: Tensor, noise: Tensor | None, sampler: GGDMSampler | None = None) -> Tensor:
+    def generate(
+        self,
+        x_T: Tensor,
+        noise: Tensor | None,
+        sampler: GGDMSampler | None = None,
+        denoiser: Denoiser | None = None,
+    ) -> Tensor:
         """Pixels of `sampler` (default: the one being learned) from noise on any device, see `to_pixels`.
 
-        `noise` is that of the steps, see `unroll`.
+        `noise` is that of the steps, see `unroll`; `denoiser` is that of these samples, see `Denoiser.for_samples`.
         """
-        sampler = self.sampler if sampler is None else sampler
-        return to_pixels(self.denoiser.decode(self._last_state(sampler, x_T, noise)))
+        sampler, denoiser = sampler or self.sampler, denoiser or self.denoiser
+        return to_pixels(denoiser.decode(self._last_state(sampler, denoiser, x_T, noise)))
 
-    def _last_state(self, sampler: GGDMSampler, x_T: Tensor, noise: Tensor | None) -> Tensor:
+    def _last_state(self, sampler: GGDMSampler, denoiser: Denoiser, x_T: Tensor, noise: Tensor | None) -> Tensor:
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
-        return cast(Tensor, sampler(self.denoiser, x_T, noise=noise, remat=self.remat))
+        return cast(Tensor, sampler(denoiser, x_T, noise=noise, remat=self.remat))
 
     # --------------------------------------------------------------------------------------------- held-out noise
 
     def _from_indices(self, split: str, indices: Tensor) -> Tensor:
         noisy = self.averaged.uses_noise
         draws = self.averaged.num_steps if noisy else 1
-        x_T, noise = held_out_noise(f"{split}/{self.seed}", indices.tolist(), self.denoiser.state_shape, draws)
-        return self.generate(x_T, noise if noisy else None, self.averaged)
+        key, samples = f"{split}/{self.seed}", indices.tolist()
+        x_T, noise = held_out_noise(key, samples, self.denoiser.state_shape, draws)
+        return self.generate(x_T, noise if noisy else None, self.averaged, self.denoiser.for_samples(key, samples))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""
@@ -223,9 +230,16 @@ class SamplingModule(LightningModule):
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def base_model(self) -> dict[str, Any]:
+        """Which denoiser a sampler is for: its name, fingerprint and settings."""
+        settings = self.denoiser.settings()
+        found = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
+        return {**found, "settings": settings} if settings else found
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which denoiser the sampler belongs to, and what sampler it is."""
-        checkpoint["denoiser"] = {"name": self.denoiser.name, "fingerprint": self.denoiser.fingerprint()}
+        checkpoint["denoiser"] = self.base_model
         checkpoint["sampler_config"] = self.sampler.config
         checkpoint["sampler_format"] = FORMAT_VERSION
 

@@ -115,8 +115,11 @@ class TeacherPairs:
         Raises:
             ValueError: a denoiser with labels.
         """
-        if getattr(denoiser, "labels", None) is not None:
-            raise ValueError("Teacher pairs are of one distribution: use the denoiser without `with_labels`.")
+        if getattr(denoiser, "shown", None) is not None:
+            raise ValueError(
+                "Teacher pairs are shown the conditions of their indices: use the denoiser without `with_labels`, with "
+                "a `guidance_scale`."
+            )
         settings = denoiser.settings()
         identity = denoiser.fingerprint()
         if settings:
@@ -176,7 +179,8 @@ class TeacherPairs:
             if told_to_stop():
                 break
             x_T = self.noise(list(chunk), denoiser.state_shape).to(device, dtype)
-            images = to_uint8(to_pixels(denoiser.decode(sampler(denoiser, x_T))))
+            shown = denoiser.for_samples(self.noise_key, chunk)
+            images = to_uint8(to_pixels(shown.decode(sampler(shown, x_T))))
             with replacing(path) as partial:
                 save_file({"images": images.cpu().contiguous()}, partial, metadata=self.key(denoiser))
             made.append(path)
@@ -207,9 +211,14 @@ class TeacherPairs:
 
     # ------------------------------------------------------------------------------------------------- in a fit
 
+    @property
+    def noise_key(self) -> str:
+        """Of x_T and, by `Denoiser.for_samples`, of the condition of each pair."""
+        return f"teacher/{self.seed}"
+
     def noise(self, indices: Sequence[int], state_shape: tuple[int, ...]) -> Tensor:
         """x_T of these pairs, shape (n, *state_shape)."""
-        return held_out_noise(f"teacher/{self.seed}", list(indices), state_shape, 1)[0]
+        return held_out_noise(self.noise_key, list(indices), state_shape, 1)[0]
 
     def batch(self, step: int, global_batch: int) -> list[int]:
         """The pairs of a step, of all processes together; never the same pair twice.

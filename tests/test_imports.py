@@ -22,7 +22,7 @@ ALLOWED = {
     "features": {"denoisers", "files", "frozen"},
     "losses": {"features", "frozen"},
     "metrics": {"features", "losses", "precision"},
-    "denoisers": {"files", "frozen", "schedule", "scheduler"},
+    "denoisers": {"files", "frozen", "noise", "schedule", "scheduler"},
     "solvers": {"schedule", "coefficients"},
     "remat": set(),
     "unroll": {"coefficients", "remat"},

@@ -375,7 +375,7 @@ class SampleQuality(Callback):
         }
         sampler = copy.deepcopy(module.averaged)
         sampler.load_state_dict(self.best_sampler)
-        sampler.save_pretrained(folder, _base_model(module), scores, overwrite=True)
+        sampler.save_pretrained(folder, module.base_model, scores, overwrite=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
@@ -410,7 +410,7 @@ class SampleQuality(Callback):
             rank_zero_warn(f"Nothing was validated, and '{folder}' holds a sampler already: the last one is not saved.")
         else:
             scores = {"training_step": trainer.global_step, "seed": module.seed}
-            module.averaged.save_pretrained(folder, _base_model(module), scores, overwrite=True)
+            module.averaged.save_pretrained(folder, module.base_model, scores, overwrite=True)
             rank_zero_warn(f"Nothing was validated: the last sampler is saved in '{folder}', without scores.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -439,10 +439,6 @@ class SampleQuality(Callback):
 def _is_start(folder: Path) -> bool:
     """Whether the sampler there is the one that a fit started from."""
     return bool(read_card(folder)["scores"].get("training_step") == 0)
-
-
-def _base_model(module: SamplingModule) -> dict[str, str]:
-    return {"name": module.denoiser.name, "fingerprint": module.denoiser.fingerprint()}
 
 
 def _line(scores: dict[str, float]) -> str:

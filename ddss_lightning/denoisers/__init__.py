@@ -3,5 +3,6 @@
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.denoisers.diffusers import DiffusersDenoiser
 from ddss_lightning.denoisers.mixture import MixtureDenoiser
+from ddss_lightning.denoisers.text import TextDenoiser
 
-__all__ = ["Denoiser", "DiffusersDenoiser", "MixtureDenoiser"]
+__all__ = ["Denoiser", "DiffusersDenoiser", "MixtureDenoiser", "TextDenoiser"]

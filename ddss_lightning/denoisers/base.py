@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +43,20 @@ class Denoiser(Frozen, ABC):
     def state_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the states x_t: those of the images, but for latent models."""
         return self.image_shape
+
+    @property
+    def evaluations_per_call(self) -> int:
+        """How often the network is evaluated for one call on one image: twice with classifier-free guidance."""
+        return 1
+
+    def for_samples(self, key: str, indices: Sequence[int]) -> Denoiser:  # noqa: ARG002 - there is nothing to show
+        """This denoiser for one batch: a conditional network is shown the condition of each sample.
+
+        Args:
+            key: what the samples are for, such as `validation/0`.
+            indices: of the samples in the batch, in order. Condition and noise of a sample follow from (key, index).
+        """
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What else than its weights its images depend on, in values of JSON; `fingerprint` is of the weights alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from ddss_lightning.denoisers.base import Denoiser
-from ddss_lightning.files import not_here
+from ddss_lightning.denoisers.pipelines import check_path, load_parts, loading
+from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
 # Beside the folders `unet` and `scheduler` of a class-conditional model: {"null_label": ..., ...}.
 CLASSES_NAME = "classes.json"
 # Modes of `torch.compile` that record CUDA graphs: each call writes where the last one wrote.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+MODES = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
+
+# What a network is shown besides state and time: by the name of its argument, one row an image.
+Conditions = dict[str, Tensor]
 
 
 class DiffusersDenoiser(Denoiser):
-    r"""A diffusers `UNet2DModel` (or a network with the same call) and its schedule, frozen.
+    r"""A diffusers `UNet2DModel` or DiT (or a network with the same call) and its schedule, frozen.
 
-    A class-conditional network (`num_class_embeds`) that was trained with label dropout is shown its null label, so
-    that it serves as an unconditional one; `with_labels` shows it others, with classifier-free guidance (Ho and
-    Salimans 2022, eq. 6, with w the weight of the conditional output: 1 is no guidance)
+    A class-conditional network that was trained with label dropout is shown its null label, so that it serves as an
+    unconditional one, or, with a `guidance_scale` w, the classes in turn (see `for_samples`), with classifier-free
+    guidance (Ho and Salimans 2022, eq. 6, with w the weight of the conditional output: 1 is no guidance)
 
     .. math:: output = output_{null} + w (output_{label} - output_{null})
+
+    which takes two evaluations of the network where w is neither 0 nor 1. `with_labels` shows it chosen classes.
 
     Of a network that predicts its variance too (Nichol and Dhariwal 2021: twice as many channels out as in) the first
     half is used: how much noise a step adds is the sampler's.
@@ -39,12 +47,14 @@ class DiffusersDenoiser(Denoiser):
         schedule: the noise schedule it was trained with.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
-        null_label: the label that stands for none, of a network with classes; None for a network without.
+        null_label: the label that stands for none, of a network with classes; None for a network without, or that was
+            trained without one; that of a DiT is known.
         vae: decoder of a latent model: a diffusers `VQModel` or `AutoencoderKL`.
+        guidance_scale: w, for images of all classes in equal numbers; None: of a network with classes the null label.
 
     Raises:
         ValueError: a network whose output has neither the channels of its input nor twice as many; a null label that
-            the network does not have, or none for a network with classes.
+            the network does not have, or none where one is needed; a guidance scale without classes or below 0.
     """
 
     def __init__(
@@ -55,17 +65,10 @@ class DiffusersDenoiser(Denoiser):
         name: str = "unet",
         null_label: int | None = None,
         vae: nn.Module | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         config: Any = unet.config
-        num_labels = config.get("num_class_embeds") or 0
-        if num_labels and null_label is None:
-            raise ValueError(
-                f"The network has {num_labels} classes; give the null_label (--denoiser.null_label) that it was "
-                "trained with for images of any class. Networks that were trained without one are not supported."
-            )
-        if null_label is not None and not 0 <= null_label < num_labels:
-            raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
         if config.out_channels not in (config.in_channels, 2 * config.in_channels):
             raise ValueError(
                 f"The network maps {config.in_channels} channels to {config.out_channels}; it must be to as many, or, "
@@ -82,21 +85,42 @@ class DiffusersDenoiser(Denoiser):
         self.vae = vae
         self.image_shape = self._state_shape if vae is None else _decoded_shape(vae, self._state_shape)
         self.name = name
-        self.num_labels, self.null_label = num_labels, null_label
-        self.labels: Tensor | None = None
-        self.guidance_scale = 1.0
+        self.num_labels, self.null_label = _labels_of(config, null_label)
+        self.guidance_scale = guidance_scale
+        self._check_guidance(self.num_labels, has_null=self.null_label is not None)
+        # Of the images of a batch, in order.
+        self.shown: Conditions | None = None
         self.compile_mode: str | None = None
         self.overwrites_outputs = False
         self.freeze()
 
+    def _check_guidance(self, num_conditions: int, *, has_null: bool) -> None:
+        scale = self.guidance_scale
+        if scale is not None and not num_conditions:
+            raise ValueError(
+                f"The model '{self.name}' has no classes, so there is nothing to guide it to; leave guidance_scale out."
+            )
+        if scale is not None and not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number of at least 0, got {scale}.")
+        if num_conditions and not has_null and scale != 1:
+            raise ValueError(
+                f"The network has {num_conditions} classes; give the null_label (--denoiser.null_label) that it was "
+                "trained with for images of any class, or, if it was trained without one, guidance_scale=1."
+            )
+
     @classmethod
     def from_pretrained(
-        cls, pretrained_path: str, null_label: int | None = None, compile_mode: str | None = None, **kwargs: str
+        cls,
+        pretrained_path: str,
+        null_label: int | None = None,
+        compile_mode: str | None = None,
+        guidance_scale: float | None = None,
+        **kwargs: str,
     ) -> DiffusersDenoiser:
         """Load the network and the schedule of a diffusers pipeline folder, or of a model on the Hugging Face hub.
 
-        The pipeline's `unet` and `scheduler` folders are read, or, as in the oldest models of the hub such as
-        `google/ddpm-cifar10-32`, both from the top of the repository.
+        The pipeline's `unet` (of a DiT: `transformer`) and `scheduler` folders are read, or, as in the oldest models of
+        the hub such as `google/ddpm-cifar10-32`, both from the top of the repository.
 
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
@@ -105,46 +129,54 @@ class DiffusersDenoiser(Denoiser):
                 `max-autotune-no-cudagraphs`, or with CUDA graphs `reduce-overhead` or `max-autotune`, whose outputs are
                 copied, for the next call overwrites them; None: not. Times are tensors: a step with other times is not
                 compiled again.
+            guidance_scale: see the class.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
             ValueError: nothing there, a damaged folder, a network that is not a `UNet2DModel` without conditions or
-                with class labels and a null label, a scheduler of an unknown noise schedule, or an unknown mode.
+                with class labels, nor a DiT, a scheduler of an unknown noise schedule, an unknown mode; and as the
+                constructor.
         """
-        folder = Path(pretrained_path)
-        if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
-            raise ValueError(
-                f"No diffusion model in '{pretrained_path}': {not_here()}. Give a folder written by a diffusers "
-                "pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
-            )
-        modes = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
-        if compile_mode is not None and compile_mode not in modes:
-            raise ValueError(f"Unknown compile_mode '{compile_mode}'; choose one of {', '.join(modes)}, or none.")
-        try:
-            unet, scheduler, vae = _load_parts(pretrained_path, kwargs)
-            if null_label is None and (folder / CLASSES_NAME).is_file():
-                null_label = int(json.loads((folder / CLASSES_NAME).read_text())["null_label"])
-        except Exception as error:  # diffusers, safetensors, json and the hub each raise their own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            asked = "" if folder.is_dir() else f" (The hub was asked, for {not_here()}.)"
-            raise ValueError(
-                f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}{asked}"
-            ) from error
-        schedule = NoiseSchedule.from_scheduler(scheduler)
-        if compile_mode is not None:
-            unet.compile(mode=compile_mode)
-        denoiser = cls(unet, schedule, scheduler_prediction_type(scheduler), pretrained_path, null_label, vae)
-        denoiser.compile_mode, denoiser.overwrites_outputs = compile_mode, compile_mode in CUDA_GRAPHS
-        return denoiser
+        check_path(pretrained_path)
+        check_mode(compile_mode)
+        classes = Path(pretrained_path) / CLASSES_NAME
+        with loading(pretrained_path):
+            unet, scheduler, vae = load_parts(pretrained_path, kwargs)
+            if null_label is None and classes.is_file():
+                null_label = int(json.loads(classes.read_text())["null_label"])
+        denoiser = cls(
+            unet,
+            NoiseSchedule.from_scheduler(scheduler),
+            scheduler_prediction_type(scheduler),
+            pretrained_path,
+            null_label,
+            vae,
+            guidance_scale,
+        )
+        return denoiser.compiled(compile_mode)
+
+    def compiled(self, mode: str | None) -> DiffusersDenoiser:
+        """Compile the network in place, see `from_pretrained`; returns `self`."""
+        if mode is not None:
+            self.unet.compile(mode=mode)
+        self.compile_mode, self.overwrites_outputs = mode, mode in CUDA_GRAPHS
+        return self
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of x_t."""
         return self._state_shape
 
+    @property
+    def evaluations_per_call(self) -> int:
+        """Two with guidance, else one."""
+        return 1 if self.guidance_scale in (None, 0, 1) else 2
+
     def settings(self) -> dict[str, Any]:
-        """The null label of a network with classes; scale and shift of a latent model's states."""
-        found = {} if self.null_label is None else {"null_label": self.null_label}
+        """Null label and guidance scale of a network with classes; scale and shift of a latent model's states."""
+        found: dict[str, Any] = {} if self.null_label is None else {"null_label": self.null_label}
+        if self.guidance_scale is not None:
+            found["guidance_scale"] = self.guidance_scale
         if self.vae is None:
             return found
         config: Any = self.vae.config
@@ -159,6 +191,27 @@ class DiffusersDenoiser(Denoiser):
         images: Tensor = vae.decode(x_0 / vae.config.scaling_factor + shift, return_dict=False)[0]
         # Under autocast the decoder answers in half precision, which has no 256 levels to round to.
         return images.to(x_0.dtype)
+
+    # --------------------------------------------------------------------------------------------------- conditions
+
+    def for_samples(self, key: str, indices: Sequence[int]) -> DiffusersDenoiser:
+        """The same frozen network with the condition of each of these samples; nothing is copied.
+
+        With a `guidance_scale` the conditions take turns over the indices, from a start that is a function of the key;
+        without one, it is this denoiser.
+        """
+        if self.guidance_scale is None:
+            return self
+        which = take_turns(key, indices, self.num_conditions)
+        return self._showing(self._conditions(which), self.guidance_scale)
+
+    def unguided(self) -> DiffusersDenoiser:
+        """The same frozen network, shown no condition; nothing is copied.
+
+        Raises:
+            ValueError: a network of classes without a null label.
+        """
+        return self._showing(None, None)
 
     def with_labels(self, labels: Tensor, guidance_scale: float = 1.0) -> DiffusersDenoiser:
         """The same frozen network for images of given classes; nothing is copied.
@@ -179,40 +232,93 @@ class DiffusersDenoiser(Denoiser):
                 f"labels must be integers from 0 to {self.num_labels - 1}, shape (N,), got {labels.dtype} of shape "
                 f"{tuple(labels.shape)} from {labels.min()} to {labels.max()}."
             )
+        return self._showing({"class_labels": labels}, guidance_scale)
+
+    @property
+    def num_conditions(self) -> int:
+        """How many there are to take turns: the classes, without the null label."""
+        return self.num_labels - (self.null_label is not None)
+
+    def _conditions(self, which: Tensor) -> Conditions:
+        """The conditions of these numbers, 0 to num_conditions - 1, shape (N,)."""
+        # The null label need not be the last one.
+        skipped = self.num_labels if self.null_label is None else self.null_label
+        return {"class_labels": which + (which >= skipped).long()}
+
+    def _nothing(self, num: int, device: torch.device) -> Conditions:
+        """What stands for no condition, for this many images."""
+        return {} if self.null_label is None else {"class_labels": torch.full((num,), self.null_label, device=device)}
+
+    def _showing(self, shown: Conditions | None, guidance_scale: float | None) -> DiffusersDenoiser:
         conditioned = copy.copy(self)
-        conditioned.labels, conditioned.guidance_scale = labels, guidance_scale
+        conditioned.shown, conditioned.guidance_scale = shown, guidance_scale
+        conditioned._check_guidance(self.num_conditions, has_null=bool(self._nothing(1, torch.device("cpu"))))
         return conditioned
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Output of the network at real-valued timesteps, shape (N, C, H, W).
 
         Raises:
-            ValueError: the images have another shape than the model's, or are not as many as the labels given.
+            ValueError: the images have another shape than the model's, or are not as many as the conditions; it is not
+                said which conditions are to be shown.
         """
         if tuple(x_t.shape[1:]) != self.state_shape:
             raise ValueError(
                 f"The model '{self.name}' works on images of shape {self.state_shape} (channels, height, width), "
                 f"got {tuple(x_t.shape[1:])}."
             )
-        if self.labels is None or self.guidance_scale == 0:
-            return self._call(x_t, timestep, None)
-        if len(self.labels) != len(x_t):
-            raise ValueError(f"{len(self.labels)} labels were given for a batch of {len(x_t)} images.")
-        labels = self.labels.to(x_t.device)
-        if self.guidance_scale == 1:
-            return self._call(x_t, timestep, labels)
-        both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
-        given, null = self._call(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both).chunk(2)
-        return null + self.guidance_scale * (given - null)
+        nothing, scale = self._nothing(len(x_t), x_t.device), self.guidance_scale
+        if self.shown is None and scale is not None:
+            raise ValueError(
+                f"The model '{self.name}' is to show conditions: say of which samples with `for_samples(key, indices)`."
+            )
+        if self.shown is None or scale is None or scale == 0:
+            return self._call(x_t, timestep, nothing)
+        shown = {name: rows.to(x_t.device) for name, rows in self.shown.items()}
+        given = len(next(iter(shown.values())))
+        if given != len(x_t):
+            raise ValueError(f"The conditions of {given} images were given for a batch of {len(x_t)}.")
+        if scale == 1:
+            return self._call(x_t, timestep, shown)
+        both = {name: torch.cat([rows, nothing[name]]) for name, rows in shown.items()}
+        conditional, null = self._call(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both).chunk(2)
+        return null + scale * (conditional - null)
 
-    def _call(self, x_t: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-        if self.null_label is not None and labels is None:
-            labels = torch.full((len(x_t),), self.null_label, device=x_t.device)
-        conditions = {} if labels is None else {"class_labels": labels}
+    def _call(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
+        output: Tensor = self.unet(x_t, timestep, return_dict=False, **self._arguments(conditions))[0]
         output = output[:, : x_t.shape[1]]
         return output.clone() if self.overwrites_outputs else output
+
+    def _arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Of the network's call."""
+        return dict(conditions)
+
+
+def check_mode(compile_mode: str | None) -> None:
+    """Make sure that `torch.compile` has this mode.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if compile_mode is not None and compile_mode not in MODES:
+        raise ValueError(f"Unknown compile_mode '{compile_mode}'; choose one of {', '.join(MODES)}, or none.")
+
+
+def _labels_of(config: Any, null_label: int | None) -> tuple[int, int | None]:  # noqa: ANN401
+    """How many labels a network has, the null label included, and which that is.
+
+    Raises:
+        ValueError: a null label that it does not have.
+    """
+    num_labels = config.get("num_class_embeds") or 0
+    # A DiT counts its classes; the label after the last stands for none.
+    if classes := config.get("num_embeds_ada_norm"):
+        num_labels = classes + 1
+        null_label = classes if null_label is None else null_label
+    if null_label is not None and not 0 <= null_label < num_labels:
+        raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
+    return num_labels, null_label
 
 
 def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -221,97 +327,3 @@ def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[i
     _, height, width = state_shape
     factor = 2 ** (len(config.block_out_channels) - 1)
     return (config.out_channels, height * factor, width * factor)
-
-
-def _read_config(base: Any, path: str, subfolder: str = "", **kwargs: str) -> dict[str, Any] | None:  # noqa: ANN401
-    """A configuration file, as `base` names it, of a local folder or of a model on the hub; None if it has none.
-
-    Raises:
-        OSError: it is damaged, or the hub did not say whether there is one: no connection, no access, a fault there.
-    """
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    name = f"{subfolder}/{base.config_name}" if subfolder else base.config_name
-    if Path(path).is_dir() and not Path(path, name).is_file():
-        return None
-    try:
-        config: dict[str, Any] = base.load_config(path, subfolder=subfolder or None, **kwargs)
-    except OSError as error:
-        # The texts of diffusers say of most causes that there is no such file.
-        cause = error.__cause__ or error.__context__ or error
-        if isinstance(cause, LocalEntryNotFoundError):
-            where = {option: kwargs[option] for option in ("cache_dir", "revision") if option in kwargs}
-            if try_to_load_from_cache(path, name, **where) is _CACHED_NO_EXIST:
-                return None
-        elif isinstance(cause, EntryNotFoundError):
-            return None
-        raise OSError(f"'{name}' could not be read: {cause}") from error
-    return config
-
-
-def _load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Module | None]:
-    """The network, the scheduler by the class that its configuration names, and the decoder of a latent model."""
-    import diffusers
-
-    def config_of(subfolder: str, base: Any) -> tuple[dict[str, Any], dict[str, str]]:  # noqa: ANN401
-        problem: OSError | None = None
-        for where in ({"subfolder": subfolder, **kwargs}, kwargs):
-            try:
-                config = _read_config(base, path, **where)
-            except OSError as error:
-                # Of a hub out of reach, the other one may be in the cache.
-                problem = problem or error
-            else:
-                if config is not None:
-                    return config, where
-        raise problem or OSError(f"it has no '{base.config_name}', neither in '{subfolder}' nor at the top")
-
-    unet_config, where = config_of("unet", diffusers.UNet2DModel)
-    name = unet_config.get("_class_name", "UNet2DModel")
-    if name != "UNet2DModel" or unet_config.get("class_embed_type"):
-        raise ValueError(
-            f"its network is a {name} with conditions; only a UNet2DModel without, or with class labels, is supported."
-        )
-    # Loading in one go needs no further package (accelerate) and no warning of its absence.
-    unet: nn.Module = diffusers.UNet2DModel.from_pretrained(path, low_cpu_mem_usage=False, **where)
-    scheduler_config, where = config_of("scheduler", diffusers.DDPMScheduler)
-    scheduler_class = _scheduler_class(scheduler_config.get("_class_name", "DDPMScheduler"))
-    return unet, scheduler_class.from_pretrained(path, **where), _load_decoder(path, kwargs)
-
-
-def _scheduler_class(name: str) -> Any:  # noqa: ANN401 - diffusers has no common base for this
-    """A scheduler's class by its name.
-
-    Raises:
-        ValueError: it is none of diffusers': which noise schedule the network was trained with is not known then.
-    """
-    import diffusers
-
-    if name == "GGDMScheduler":
-        from ddss_lightning.scheduler import GGDMScheduler
-
-        return GGDMScheduler
-    # What the oldest models call DDPMScheduler.
-    found = getattr(diffusers, name.replace("GaussianDDPM", "DDPM"), None)
-    if found is None:
-        raise ValueError(
-            f"its scheduler is a {name}, which diffusers does not have, so that its noise schedule is not known; put "
-            "the configuration of one with the same betas there, such as a DDPMScheduler with `trained_betas`"
-        )
-    return found
-
-
-def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:
-    """The first-stage model that the pipeline's `model_index.json` names, if any."""
-    import diffusers
-
-    # Without the file: a network and a scheduler without a pipeline.
-    index = _read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}
-    for part in ("vqvae", "vae"):
-        if index.get(part, (None, None))[1] is not None:
-            decoder: nn.Module = getattr(diffusers, index[part][1]).from_pretrained(
-                path, subfolder=part, low_cpu_mem_usage=False, **kwargs
-            )
-            return decoder
-    return None

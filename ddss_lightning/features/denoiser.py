@@ -27,13 +27,14 @@ class DenoiserFeatures(FeatureExtractor):
     ignore; as the only space it would let a model judge itself.
 
     Args:
-        denoiser: of a pixel model, with a `UNet2DModel`; shared, not copied. With a network of classes its null label
-            is shown.
+        denoiser: of a pixel model, with a `UNet2DModel`; shared, not copied. A network of classes is shown its null
+            label, whatever its `guidance_scale`.
         logsnr: half log-SNR of the time. Near the image, where little noise is left to be seen: 1.75 is timestep 50 of
             the 1000 of linear betas.
 
     Raises:
-        ValueError: a latent model, a network without down blocks, or a `logsnr` that is not finite.
+        ValueError: a latent model, a network without down blocks or of classes without a null label, or a `logsnr`
+            that is not finite.
 
     References:
         Baranchuk et al., "Label-Efficient Semantic Segmentation with Diffusion Models", ICLR 2022,
@@ -54,7 +55,7 @@ class DenoiserFeatures(FeatureExtractor):
                 f"The network of '{denoiser.name}' is a {type(denoiser.unet).__name__} without `down_blocks`; "
                 "DenoiserFeatures needs a U-Net of diffusers."
             )
-        self.denoiser = denoiser
+        self.denoiser = denoiser.unguided()
         self.image_shape = denoiser.image_shape
         time = denoiser.schedule.timestep(torch.tensor(logsnr, dtype=torch.float64))
         # Part of the fingerprint.

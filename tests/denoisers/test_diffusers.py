@@ -121,7 +121,7 @@ def test_foreign_parts_are_refused(tmp_path):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
     path = tmp_path / "m" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "class_embed_type": "timestep"}))
-    with pytest.raises(ValueError, match="only a UNet2DModel without, or with class labels, is supported"):
+    with pytest.raises(ValueError, match="only a UNet2DModel without, or with class labels, and a DiT are"):
         DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
 
 
@@ -157,7 +157,7 @@ def test_labels_and_guidance(labelled):
         torch.testing.assert_close(guided[2], null[2], rtol=1e-4, atol=1e-5)
         assert (guided[:2] - null[:2]).abs().max() > 1e-2
     # The given one is as it was, and both are the same network.
-    assert labelled.labels is None
+    assert labelled.shown is None
     assert labelled.with_labels(labels).fingerprint() == labelled.fingerprint()
 
 
@@ -206,7 +206,7 @@ def test_bad_labels(labelled, denoiser, schedule):
         denoiser.with_labels(torch.tensor([0]))
     with pytest.raises(ValueError, match=r"integers from 0 to 2, shape \(N,\), got torch.int64 .* from 0 to 3"):
         labelled.with_labels(torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match="2 labels were given for a batch of 3 images"):
+    with pytest.raises(ValueError, match="conditions of 2 images were given for a batch of 3"):
         labelled.with_labels(torch.tensor([0, 1]))(torch.zeros(3, 1, 4, 4), torch.zeros(3))
 
 

@@ -37,6 +37,14 @@ def test_features_are_statistics_of_the_network_s_own_blocks(small, schedule):
     assert not any(block._forward_hooks for block in unet.down_blocks)
 
 
+def test_the_null_label_is_shown_whatever_the_model_is_guided_to(small, schedule):
+    images = torch.rand(3, 2, 8, 8) * 2 - 1
+    guided = DiffusersDenoiser(small.unet, schedule, null_label=2, guidance_scale=2.0)
+    with torch.no_grad():
+        assert torch.equal(DenoiserFeatures(guided)(images), DenoiserFeatures(small)(images))
+    assert guided.guidance_scale == 2
+
+
 def test_gradients_reach_the_images(small):
     features = DenoiserFeatures(small).double()
     images = (torch.rand(2, 2, 8, 8) * 2 - 1).double()
@@ -72,6 +80,8 @@ def test_what_has_no_features_of_images(small, schedule):
     )  # fmt: skip
     with pytest.raises(ValueError, match="denoises latents, not images"):
         DenoiserFeatures(DiffusersDenoiser(small.unet, schedule, null_label=2, vae=vae))
+    with pytest.raises(ValueError, match="give the null_label"):
+        DenoiserFeatures(DiffusersDenoiser(small.unet, schedule, guidance_scale=1.0))
     with pytest.raises(ValueError, match="logsnr must be a finite number, got nan"):
         DenoiserFeatures(small, float("nan"))
     other = torch.nn.Module()

@@ -1,0 +1,150 @@
+"""Text-to-image models: the images of diffusers' own pipelines, and a sampler that learns for them."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from lightning.pytorch import LightningDataModule, Trainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ddss_lightning import DDSSModule, GGDMSampler, RandomFeatures, TeacherLoss, TeacherPairs
+from ddss_lightning.denoisers import DiffusersDenoiser, TextDenoiser
+from ddss_lightning.noise import take_turns
+from ddss_lightning.scheduler import GGDMScheduler
+from tests.test_scheduler import tiny_unet, tiny_vae
+
+PROMPTS = ["abc", "a b", "cab"]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def tokenizer(folder):
+    """Of three letters."""
+    tokens = ["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+def text_encoder(kind, hidden_size=16):
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=hidden_size, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, projection_dim=16, bos_token_id=6, eos_token_id=7, pad_token_id=7,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def folder(request, tmp_path_factory):
+    """A pipeline with tiny networks, as `save_pretrained` writes it."""
+    path = tmp_path_factory.mktemp(request.param)
+    parts = {"vae": tiny_vae(), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1, **BETAS)}
+    first = {"tokenizer": tokenizer(path / "words"), "text_encoder": text_encoder(CLIPTextModel)}
+    if request.param == "sd":
+        pipeline = StableDiffusionPipeline(
+            unet=tiny_unet(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            **parts, **first,
+        )  # fmt: skip
+    else:
+        unet = tiny_unet(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
+        )
+        # Both encoders' states are put side by side.
+        first["text_encoder"] = text_encoder(CLIPTextModel, 8)
+        second = {
+            "tokenizer_2": tokenizer(path / "more words"),
+            "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 8),
+        }
+        pipeline = StableDiffusionXLPipeline(unet=unet, add_watermarker=False, **parts, **first, **second)
+    pipeline.save_pretrained(path / "pipeline")
+    return str(path / "pipeline")
+
+
+@pytest.mark.parametrize("negative", [None, "b"])
+def test_the_images_are_those_of_the_pipeline(folder, negative):
+    denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0, negative_prompt=negative)
+    assert (denoiser.state_shape, denoiser.image_shape, denoiser.num_conditions) == ((4, 8, 8), (3, 16, 16), 3)
+    sampler = GGDMSampler(denoiser.schedule, 4)
+    kind = StableDiffusionXLPipeline if denoiser._names[1:] else StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folder)
+    pipeline.scheduler = GGDMScheduler.from_sampler(sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    indices = [4, 0, 7, 5]
+    texts = [PROMPTS[i] for i in take_turns("test/0", indices, 3)]
+    x_T = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = pipeline(
+        texts, negative_prompt=None if negative is None else [negative] * 4, guidance_scale=3.0, num_inference_steps=4,
+        latents=x_T, output_type="np", height=16, width=16,
+    ).images  # fmt: skip
+    with torch.no_grad():
+        ours = denoiser.decode(sampler(denoiser.for_samples("test/0", indices), x_T))
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours, torch.from_numpy(images), rtol=1e-4, atol=1e-4)
+    # The prompts are seen.
+    assert (ours[0] - ours[1]).abs().max() > 1e-4
+
+
+class Noise(LightningDataModule):
+    """Real images that are none."""
+
+    def real_dataloader(self):
+        return torch.utils.data.DataLoader(torch.rand(12, 3, 16, 16) * 2 - 1, batch_size=6)
+
+    def train_dataloader(self):
+        return self.real_dataloader()
+
+
+def test_a_sampler_learns(folder, tmp_path):
+    """From a teacher of twelve calls; every part of a batch is shown its own prompts."""
+    gradients = []
+    teacher = TeacherPairs(8, 12, cache_dir=str(tmp_path))
+    for options in ({}, {"microbatch_size": 4, "remat": "denoiser"}):
+        denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0)
+        module = DDSSModule(
+            denoiser, GGDMSampler(denoiser.schedule, 3), RandomFeatures(3, 16), loss=TeacherLoss(), batch_size=6,
+            teacher=teacher, **options,
+        )  # fmt: skip
+        before = module.sampler.corrections["mu"].detach().clone()
+        module.on_before_optimizer_step = lambda _, module=module: gradients.append(
+            module.sampler.corrections["mu"].grad
+        )
+        Trainer(
+            max_steps=1, accelerator="cpu", limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        ).fit(module, Noise())  # fmt: skip
+        assert not torch.equal(module.sampler.corrections["mu"].detach(), before)
+        # What the prompts are is part of what the sampler was learned for, and no part of the weights.
+        assert set(module.base_model["settings"]) >= {"guidance_scale", "prompts"}
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+    other = TextDenoiser.from_pretrained(folder, PROMPTS[:2], guidance_scale=3.0)
+    assert other.fingerprint() == module.denoiser.fingerprint()
+    assert teacher.folder(other) != teacher.folder(module.denoiser)
+
+
+def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("abc\n\n  a b \ncab\n")
+    assert TextDenoiser.from_pretrained(folder, "prompts.txt").settings() == (
+        TextDenoiser.from_pretrained(folder, PROMPTS).settings()
+    )
+    with pytest.raises(ValueError, match=r"There is no file 'none\.txt'; give prompts as a text file"):
+        TextDenoiser.from_pretrained(folder, "none.txt")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"There is no prompt in 'empty\.txt'"):
+        TextDenoiser.from_pretrained(folder, "empty.txt")
+    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got -1"):
+        TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=-1.0)
+    with pytest.raises(
+        ValueError, match=r"UNet2DConditionModel, which is shown texts; use ddss_lightning\.TextDenoiser"
+    ):
+        DiffusersDenoiser.from_pretrained(folder)
+
+
+def test_another_kind_of_pipeline(tmp_path, denoiser):
+    with pytest.raises(ValueError, match="it is a 'DDPMPipeline', not one of StableDiffusionPipeline, StableDiff"):
+        TextDenoiser.from_pretrained(denoiser.name, PROMPTS)
+    DDPMScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="could not be loaded: it is a ''"):
+        TextDenoiser.from_pretrained(str(tmp_path), PROMPTS)
