@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,6 +28,7 @@ from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
 
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "compare", *COMMANDS)
 # What Lightning resolves in `ckpt_path`, such as `registry:model`.
 KEYWORDS = ("last", "best", "hpc", "registry")
 # Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
@@ -143,6 +145,8 @@ class DDSSCommandLine(LightningCLI):
         local = checkpoint and checkpoint.partition(":")[0] not in KEYWORDS and "://" not in checkpoint
         if local and not Path(checkpoint).exists():
             raise ValueError(f"--ckpt_path: there is no file '{checkpoint}', seen from '{Path.cwd()}'.")
+        if local:
+            _check_readable(checkpoint)
         super().instantiate_classes()
         if checkpoint == "last":
             self._go_on()
@@ -187,6 +191,21 @@ class DDSSCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Flags and recipe win over the hyperparameters of a checkpoint, which Lightning would let override them."""
+
+
+def _check_readable(checkpoint: str) -> None:
+    """Find a damaged checkpoint before long work starts, and say so better than `torch.load`.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile, torch: each its own
+        raise ValueError(
+            f"--ckpt_path: '{checkpoint}' is no checkpoint of a fit, or a damaged one; give another, or start from a "
+            "saved sampler: --pretrained_sampler."
+        ) from error
 
 
 def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may give
@@ -244,10 +263,13 @@ def main(args: list[str] | None = None) -> None:
     """Console entry point. Bad input ends with one line on standard error and exit status 1."""
     args = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in COMMANDS:
+        if not args or not (args[0] in SUBCOMMANDS or args[0].startswith("-")):
+            asked = f"There is no subcommand '{args[0]}'" if args else "A subcommand is needed"
+            raise ValueError(f"{asked}; choose one of {', '.join(SUBCOMMANDS)}, and see its --help.")
+        if args[0] in COMMANDS:
             command = COMMANDS[args[0]]
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
-        elif args and args[0] == "compare":
+        elif args[0] == "compare":
             recipes, settings, others = parse(args[1:])
             cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)
             compare(cli.model, cli.datamodule, cli.trainer, settings)

@@ -41,6 +41,13 @@ def test_every_recipe_runs(recipe, tmp_path):
     main(["fit", *(f"-c={file}" for file in files), *flags, f"--trainer.logger.save_dir={tmp_path}"])
 
 
+@pytest.mark.parametrize("args", [["fitt", "-c", RECIPE], []])
+def test_an_unknown_subcommand_is_told_all_of_them(args, capsys):
+    error = error_of(capsys, args)
+    assert ("There is no subcommand 'fitt'" if args else "A subcommand is needed") in error
+    assert "choose one of fit, validate, test, predict, compare, export, inspect" in error
+
+
 LOSSES = {
     "linear": ["--loss.kernel=linear", "--loss.real=batch"],
     "frechet": ["--loss=FrechetLoss", "--loss.decay=0.5"],
@@ -208,7 +215,10 @@ def test_a_damaged_model_is_one_clear_line(tmp_path, capsys):
 
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, capsys):
     (tmp_path / "bad.ckpt").write_bytes(b"damaged")
-    assert "ddss: error:" in error_of(capsys, quick("fit", tmp_path, f"--ckpt_path={tmp_path / 'bad.ckpt'}"))
+    error = error_of(capsys, quick("fit", tmp_path, f"--ckpt_path={tmp_path / 'bad.ckpt'}"))
+    # Not what torch says: it would advise to run what is in the file.
+    assert f"'{tmp_path / 'bad.ckpt'}' is no checkpoint of a fit, or a damaged one" in error
+    assert "weights_only" not in error
 
 
 def test_nan_in_the_data_is_one_clear_line(tmp_path, capsys, monkeypatch):
