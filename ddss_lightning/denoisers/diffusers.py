@@ -286,13 +286,12 @@ class DiffusersDenoiser(Denoiser):
 
     def _call(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self.unet(x_t, timestep, return_dict=False, **self._arguments(conditions))[0]
-        output = output[:, : x_t.shape[1]]
+        output = self._evaluate(x_t, timestep, conditions)[:, : x_t.shape[1]]
         return output.clone() if self.overwrites_outputs else output
 
-    def _arguments(self, conditions: Conditions) -> dict[str, Any]:
-        """Of the network's call."""
-        return dict(conditions)
+    def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
+        return output
 
 
 def check_mode(compile_mode: str | None) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ddss_lightning.files import not_here
 
+SHOWN_TEXTS = ("UNet2DConditionModel", "SD3Transformer2DModel")
 # Transformer2DModel: what older pipelines call a DiT.
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")
 
@@ -91,9 +92,9 @@ def load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Mo
 
     network_config, where = config_of(diffusers.UNet2DModel, "unet", None, "transformer")
     name = network_config.get("_class_name", "UNet2DModel")
-    if name == "UNet2DConditionModel":
+    if name in SHOWN_TEXTS:
         raise ValueError(
-            "its network is a UNet2DConditionModel, which is shown texts; use ddss_lightning.TextDenoiser with prompts."
+            f"its network is a {name}, which is shown texts; use ddss_lightning.TextDenoiser with prompts."
         )
     if name not in NETWORKS or network_config.get("class_embed_type"):
         raise ValueError(

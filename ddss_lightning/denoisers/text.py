@@ -1,4 +1,4 @@
-"""Text-to-image models saved by the diffusers library: Stable Diffusion and SDXL."""
+"""Text-to-image models saved by the diffusers library: Stable Diffusion, SDXL, Stable Diffusion 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddss_lightning.denoisers.diffusers import Conditions, DiffusersDenoiser, ch
 from ddss_lightning.denoisers.pipelines import check_path, loading, read_config
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
-PIPELINES = {
+PIPELINES: dict[str, dict[str, Any]] = {
     # The checker looks at finished images; learning needs those that it would black out, too.
     "StableDiffusionPipeline": {
         "safety_checker": None,
@@ -23,24 +23,28 @@ PIPELINES = {
         "requires_safety_checker": False,
     },
     "StableDiffusionXLPipeline": {},
+    "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
 }
 BATCH = 32
+# What a `UNet2DConditionModel` takes by `added_cond_kwargs`.
+ADDED = ("text_embeds", "time_ids")
 
 
 class TextDenoiser(DiffusersDenoiser):
-    r"""A diffusers `UNet2DConditionModel` that is shown texts, with classifier-free guidance, and its schedule, frozen.
+    r"""A diffusers network that is shown texts, with classifier-free guidance, and its schedule, frozen.
 
     .. math:: output = output_{negative} + w (output_{prompt} - output_{negative})
 
     The prompts take turns over the samples (see `for_samples`): the sampler is learned for all of them at once. They
-    are encoded once, by the pipeline's own text encoders, which are not kept. A call costs two evaluations of the
-    network, or one at a scale of 0 (the negative prompt alone) or 1.
+    are encoded once, on the CPU, by the pipeline's own text encoders, which are not kept; the encoded ones stay
+    with the network, 0.2 MB a prompt, of SDXL 0.6 MB. A call costs two evaluations of the network, or one at
+    a scale of 0 (the negative prompt alone) or 1.
 
     Args:
-        unet: with the call of `UNet2DConditionModel`.
+        unet: a `UNet2DConditionModel` or `SD3Transformer2DModel`.
         schedule: the noise schedule it was trained with.
-        prompts: what it is shown, by the names `encoder_hidden_states`, shape (P, L, D), and for SDXL `text_embeds`,
-            shape (P, D'), and `time_ids`, shape (P, 6).
+        prompts: what it is shown, by the names `encoder_hidden_states`, shape (P, L, D), for SDXL `text_embeds`,
+            shape (P, D'), and `time_ids`, shape (P, 6), for Stable Diffusion 3 `pooled_projections`, shape (P, D').
         negative: the same for no prompt, one row each.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
@@ -87,7 +91,7 @@ class TextDenoiser(DiffusersDenoiser):
         compile_mode: str | None = None,
         **kwargs: str,
     ) -> TextDenoiser:
-        """Load a Stable Diffusion or SDXL pipeline from a folder or the Hugging Face hub, and encode the prompts.
+        """Load a Stable Diffusion pipeline from a folder or the Hugging Face hub, and encode the prompts.
 
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
@@ -107,7 +111,7 @@ class TextDenoiser(DiffusersDenoiser):
             pipeline = _load_pipeline(pretrained_path, kwargs)
             shown, negative = encode_prompts(pipeline, texts, negative_prompt)
         denoiser = cls(
-            pipeline.unet,
+            _network_of(pipeline),
             NoiseSchedule.from_scheduler(pipeline.scheduler),
             shown,
             negative,
@@ -141,10 +145,13 @@ class TextDenoiser(DiffusersDenoiser):
         rows = {name: self.get_buffer(f"negative_{name}") for name in self._names}
         return {name: value.to(device).expand(num, *value.shape[1:]) for name, value in rows.items()}
 
-    def _arguments(self, conditions: Conditions) -> dict[str, Any]:
-        texts = conditions["encoder_hidden_states"]
-        added = {name: rows for name, rows in conditions.items() if name != "encoder_hidden_states"}
-        return {"encoder_hidden_states": texts, **({"added_cond_kwargs": added} if added else {})}
+    def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        own = {name: rows for name, rows in conditions.items() if name in ADDED}
+        rest: dict[str, Any] = {name: rows for name, rows in conditions.items() if name not in ADDED}
+        if own:
+            rest["added_cond_kwargs"] = own
+        output: Tensor = self.unet(x_t, timestep=timestep, return_dict=False, **rest)[0]
+        return output
 
 
 def _read_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -169,16 +176,25 @@ def _read_prompts(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
+def _network_of(pipeline: Any) -> Any:  # noqa: ANN401 - one of diffusers' classes
+    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+
+
 def _load_pipeline(path: str, kwargs: dict[str, str]) -> Any:  # noqa: ANN401 - one of diffusers' classes
     import diffusers
 
-    name = (read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}).get("_class_name", "")
+    index = read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}
+    name = index.get("_class_name", "")
     if name not in PIPELINES:
         raise ValueError(
             f"it is a '{name}', not one of {', '.join(PIPELINES)}; a model of another kind becomes usable by "
             "subclassing ddss_lightning.Denoiser"
         )
-    return getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **PIPELINES[name], **kwargs)
+    left_out = PIPELINES[name]
+    if index.get("text_encoder_3", (None, None))[1] is None and name == "StableDiffusion3Pipeline":
+        # Its largest text encoder can be left out when it is saved, and has to be when it is loaded.
+        left_out = {**left_out, "text_encoder_3": None, "tokenizer_3": None}
+    return getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **left_out, **kwargs)
 
 
 @torch.no_grad()
@@ -187,34 +203,40 @@ def encode_prompts(
     prompts: Sequence[str],
     negative_prompt: str | None = None,
 ) -> tuple[Conditions, Conditions]:
-    """What the network of a Stable Diffusion or SDXL pipeline is shown for these texts, and for none.
+    """What the network of a pipeline is shown for these texts, and for none.
 
     Args:
-        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, in float32.
+        pipeline: one of `PIPELINES`, in float32.
         prompts: at least one.
         negative_prompt: None: what the pipeline shows when it is given none.
 
     Returns:
         By the names of the network's arguments: a row for each prompt, and one row; see `TextDenoiser`.
     """
+    from rich.progress import track
+
+    is_third = hasattr(pipeline, "text_encoder_3")
+    others = {"prompt_2": None, "prompt_3": None} if is_third else {}
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(prompts), BATCH):
+    starts = range(0, len(prompts), BATCH)
+    for start in track(starts, f"encoding {len(prompts)} prompts", disable=len(starts) == 1):
         texts = list(prompts[start : start + BATCH])
         parts.append(
             pipeline.encode_prompt(
                 prompt=texts,
+                **others,
                 device=torch.device("cpu"),
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
             )
         )
-    # (prompt, negative), of SDXL (prompt, negative, pooled prompt, pooled negative).
+    # (prompt, negative), or (prompt, negative, pooled prompt, pooled negative).
     encoded = [torch.cat(each) for each in zip(*parts, strict=True)]
-    names = ("encoder_hidden_states", "text_embeds")
+    names = ("encoder_hidden_states", "pooled_projections" if is_third else "text_embeds")
     shown, negative = dict(zip(names, encoded[0::2], strict=False)), dict(zip(names, encoded[1::2], strict=False))
     if "text_embeds" in shown:
-        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        size = _network_of(pipeline).config.sample_size * pipeline.vae_scale_factor
         # Height and width of the original, where it was cut, height and width asked for.
         ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=shown["text_embeds"].dtype)
         shown["time_ids"] = ids.expand(len(prompts), -1)

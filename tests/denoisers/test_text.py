@@ -4,7 +4,16 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from lightning.pytorch import LightningDataModule, Trainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -36,10 +45,14 @@ def text_encoder(kind, hidden_size=16):
     return kind(config).eval()
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3"])
 def folder(request, tmp_path_factory):
     """A pipeline with tiny networks, as `save_pretrained` writes it."""
     path = tmp_path_factory.mktemp(request.param)
+    second = {
+        "tokenizer_2": tokenizer(path / "more words"),
+        "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 8),
+    }
     parts = {"vae": tiny_vae(), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1, **BETAS)}
     first = {"tokenizer": tokenizer(path / "words"), "text_encoder": text_encoder(CLIPTextModel)}
     if request.param == "sd":
@@ -47,16 +60,24 @@ def folder(request, tmp_path_factory):
             unet=tiny_unet(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             **parts, **first,
         )  # fmt: skip
+    elif request.param == "sd3":
+        torch.manual_seed(0)
+        transformer = SD3Transformer2DModel(
+            sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        ).eval()  # fmt: skip
+        parts["vae"].register_to_config(shift_factor=0.1)
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        first["text_encoder"] = text_encoder(CLIPTextModelWithProjection, 8)
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer, text_encoder_3=None, tokenizer_3=None, **parts, **first, **second
+        )
     else:
         unet = tiny_unet(
             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
         )
         # Both encoders' states are put side by side.
         first["text_encoder"] = text_encoder(CLIPTextModel, 8)
-        second = {
-            "tokenizer_2": tokenizer(path / "more words"),
-            "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 8),
-        }
         pipeline = StableDiffusionXLPipeline(unet=unet, add_watermarker=False, **parts, **first, **second)
     pipeline.save_pretrained(path / "pipeline")
     return str(path / "pipeline")
@@ -66,9 +87,9 @@ def folder(request, tmp_path_factory):
 def test_the_images_are_those_of_the_pipeline(folder, negative):
     denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0, negative_prompt=negative)
     assert (denoiser.state_shape, denoiser.image_shape, denoiser.num_conditions) == ((4, 8, 8), (3, 16, 16), 3)
-    sampler = GGDMSampler(denoiser.schedule, 4)
-    kind = StableDiffusionXLPipeline if denoiser._names[1:] else StableDiffusionPipeline
-    pipeline = kind.from_pretrained(folder)
+    sampler = GGDMSampler(denoiser.schedule, 4, prediction_type=denoiser.prediction_type)
+    third = {"text_encoder_3": None, "tokenizer_3": None} if "pooled_projections" in denoiser._names else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **third)
     pipeline.scheduler = GGDMScheduler.from_sampler(sampler)
     pipeline.set_progress_bar_config(disable=True)
     indices = [4, 0, 7, 5]
@@ -102,10 +123,10 @@ def test_a_sampler_learns(folder, tmp_path):
     teacher = TeacherPairs(8, 12, cache_dir=str(tmp_path))
     for options in ({}, {"microbatch_size": 4, "remat": "denoiser"}):
         denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0)
+        sampler = GGDMSampler(denoiser.schedule, 3, prediction_type=denoiser.prediction_type)
         module = DDSSModule(
-            denoiser, GGDMSampler(denoiser.schedule, 3), RandomFeatures(3, 16), loss=TeacherLoss(), batch_size=6,
-            teacher=teacher, **options,
-        )  # fmt: skip
+            denoiser, sampler, RandomFeatures(3, 16), loss=TeacherLoss(), batch_size=6, teacher=teacher, **options
+        )
         before = module.sampler.corrections["mu"].detach().clone()
         module.on_before_optimizer_step = lambda _, module=module: gradients.append(
             module.sampler.corrections["mu"].grad
@@ -136,9 +157,7 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
         TextDenoiser.from_pretrained(folder, "empty.txt")
     with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got -1"):
         TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=-1.0)
-    with pytest.raises(
-        ValueError, match=r"UNet2DConditionModel, which is shown texts; use ddss_lightning\.TextDenoiser"
-    ):
+    with pytest.raises(ValueError, match=r"Model, which is shown texts; use ddss_lightning\.TextDenoiser"):
         DiffusersDenoiser.from_pretrained(folder)
 
 
