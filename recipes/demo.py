@@ -70,8 +70,9 @@ def score(
     space = FeatureSpace(module.features, real)
     first: list[Tensor] = []
     for indices in torch.arange(num_images).split(BATCH_SIZE):
-        x_T, noise = held_out_noise(f"test/{seed}", indices.tolist(), module.denoiser.state_shape, sampler.num_steps)
-        images = to_pixels(sampler(module.denoiser, x_T, noise=noise))
+        key, samples = f"test/{seed}", indices.tolist()
+        x_T, noise = held_out_noise(key, samples, module.denoiser.state_shape, sampler.num_steps)
+        images = to_pixels(sampler(module.denoiser.for_samples(key, samples), x_T, noise=noise))
         space.update(images, indices)
         first = first or [images[:64]]
     return space.compute(), first[0]
