@@ -42,6 +42,8 @@ WAYS = {
     "oracle pixels": ("64-true", {}),
     "oracle pixels, parts": ("64-true", {"microbatch_size": 4}),
     "network": ("32-true", {}),
+    "network in float64": ("64-true", {}),
+    "network in float64, parts": ("64-true", {"microbatch_size": 4, "features_batch_size": 3}),
     "network, parts": ("32-true", {"microbatch_size": 4, "remat": "denoiser+offload", "features_batch_size": 3}),
 }
 

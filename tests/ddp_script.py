@@ -48,6 +48,8 @@ def main(world_size):
         strategy="ddp" if world_size > 1 else "auto",
         devices=world_size,
         accelerator="cpu",
+        # Differences would take the rounding of float32, which depends on the size of a batch, for slopes.
+        precision="64-true" if sys.argv[3] == "gauss_newton" else "32-true",
         max_steps=1,
         default_root_dir=sys.argv[2],
         enable_checkpointing=False,

@@ -65,7 +65,15 @@ def assert_equal_gradients(found, expected, tolerance):
         assert moved.sum() == GLOBAL_BATCH
 
 
-WHOLE = ("oracle", "oracle, whole real batch", "oracle, one call", "oracle sum", "oracle pixels", "network")
+WHOLE = (
+    "oracle",
+    "oracle, whole real batch",
+    "oracle, one call",
+    "oracle sum",
+    "oracle pixels",
+    "network",
+    "network in float64",
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,9 @@ def reference(way):
 
 
 def tolerance(way):
-    return 1e-10 if way.startswith("oracle") else 1e-5
+    # A network rounds otherwise for another size of batch, on some processors more (3e-5) than on others (below 1e-5),
+    # and a pixel may round to the next level: whether it is the same gradient is seen in float64.
+    return 1e-10 if WAYS[way][0] == "64-true" else 1e-4
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "parts" in way or way == "oracle, real batch"])

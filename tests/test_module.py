@@ -604,7 +604,7 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
         ({"seed": 1}, r"\(teacher.seed: 0 instead of 1\); resume with the recipe it was started with"),
         ({"num_pairs": 30, "anchor": "ddim"}, "teacher.num_pairs: 20 instead of 30, teacher.anchor: dpmpp_2m instead"),
     ):
-        with pytest.raises(ValueError, match=f"of a fit with another loss or teacher .*{message}"):
+        with pytest.raises(ValueError, match=f"of a fit with another loss, teacher or guidance .*{message}"):
             resume(another(**other), path)
     # What only scores asks for the sampler alone.
     scored = make()

@@ -407,7 +407,8 @@ def test_a_learned_variance_is_left_out(schedule):
         x_T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
         ours = sampler(DiffusersDenoiser(unet, schedule), x_T)
     ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=1e-5)
+    # A random network magnifies rounding, which depends on the layout in memory and the processor: 2e-5 was seen.
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------- what diffusers' own scheduler tests ask for
