@@ -91,8 +91,11 @@ def reference(way):
 
 def tolerance(way):
     # A network rounds otherwise for another size of batch, on some processors more (3e-5) than on others (below 1e-5),
-    # and a pixel may round to the next level: whether it is the same gradient is seen in float64.
-    return 1e-10 if WAYS[way][0] == "64-true" else 1e-4
+    # and a pixel may round to the next level: whether it is the same gradient is seen in float64, of which diffusers
+    # computes parts in float32 (1e-7 was seen).
+    if way.startswith("oracle"):
+        return 1e-10
+    return 1e-6 if WAYS[way][0] == "64-true" else 1e-4
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "parts" in way or way == "oracle, real batch"])
