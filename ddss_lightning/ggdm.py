@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
 from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, prediction_pair
 from ddss_lightning.files import replacing
-from ddss_lightning.probing import probe
+from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 from ddss_lightning.solvers import Solver, Stride, stride_timesteps
@@ -195,12 +195,8 @@ class GGDMSampler(nn.Module):
         if isinstance(scheduler, type):
             raise ValueError(f"Give an instance of the scheduler, {scheduler.__name__}(...), not the class.")
         coefficients = probe(scheduler, num_steps, set_timesteps, step)
-        anchor: dict[str, Any] = {
-            "class_path": f"{type(scheduler).__module__.split('.')[0]}.{type(scheduler).__name__}",
-            "init_args": _plain(_changed_options(scheduler)),
-        }
         options = {"set_timesteps": set_timesteps, "step": step}
-        anchor |= {name: _plain(dict(value)) for name, value in options.items() if value}
+        anchor = _source(scheduler) | {name: _plain(dict(value)) for name, value in options.items() if value}
         return cls.from_coefficients(
             NoiseSchedule.from_scheduler(scheduler),
             coefficients,
@@ -487,6 +483,17 @@ def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers of the shape of x, drawn on the generator's device."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def _source(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Where imported numbers came from, for card and display: class and options; of a learned one the model."""
+    name = type(scheduler).__name__
+    if is_learned(scheduler):
+        return {"class_path": f"{name} of a sampler for {scheduler.config['base_model'] or 'a model without a name'}"}
+    return {
+        "class_path": f"{type(scheduler).__module__.split('.')[0]}.{name}",
+        "init_args": _plain(_changed_options(scheduler)),
+    }
 
 
 def _changed_options(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -8,6 +8,7 @@ row of its exact coefficients, and no solver has to be written again.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import inspect
 import warnings
@@ -168,6 +169,8 @@ def probe(
             )
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    if is_learned(scheduler):
+        return _own_numbers(scheduler, num_steps, set_timesteps)
     rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
     coefficients = _solve(rows, timesteps, scheduler)
     _verify(coefficients, scheduler, num_steps, set_timesteps, step)
@@ -316,6 +319,24 @@ def _run_on_basis(
         scheduler, lambda k, _x, _t: outputs[k].clone(), basis[0], list(noise), num_steps, set_timesteps, step
     )
     return torch.stack([state.double().flatten() for state in states]), timesteps
+
+
+# The numbers in the configuration of a `GGDMScheduler`; the rest of `Coefficients` follows from the noise schedule.
+NUMBERS = {each.name for each in dataclasses.fields(Coefficients)} - {"prior"}
+
+
+def is_learned(scheduler: Any) -> bool:  # noqa: ANN401
+    """Whether it is a `GGDMScheduler`, or the copy of one that travels with a model: its configuration says all."""
+    return all(name in scheduler.config for name in NUMBERS)
+
+
+def _own_numbers(scheduler: Any, num_steps: int, set_timesteps: Mapping[str, Any]) -> Coefficients:  # noqa: ANN401
+    """Those that a `GGDMScheduler` was made from, with their own pair: learned, it is not that of Theorem 1."""
+    _count_calls(scheduler, num_steps, set_timesteps)  # refuses another number
+    given = {name: scheduler.config[name] for name in NUMBERS if scheduler.config[name] is not None}
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in given.items()}
+    prior = torch.stack(NoiseSchedule.from_scheduler(scheduler).alpha_sigma(numbers["timesteps"][0]))
+    return Coefficients(**numbers, prior=prior).validate()
 
 
 def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # noqa: ANN401

@@ -145,6 +145,22 @@ def test_a_saved_sampler_loads_as_a_scheduler(sampler, tmp_path):
         GGDMScheduler.from_pretrained(tmp_path / "s")
 
 
+@pytest.mark.filterwarnings("error:.*no good sampler")
+@pytest.mark.parametrize("name", ["digits-ggdm-5", "glyphs-ggdm-10"])
+def test_a_learned_scheduler_is_imported_as_the_sampler_that_it_was(name):
+    """With its own pairs: those of Theorem 1 would give its image a wrong scale, and a warning."""
+    sampler = GGDMSampler.from_pretrained(ROOT / "checkpoints" / name)
+    scheduler = GGDMScheduler.from_pretrained(ROOT / "checkpoints" / name)
+    again = GGDMSampler.from_scheduler(scheduler, sampler.num_steps)
+    for number, value in vars(sampler.coefficients().detach()).items():
+        torch.testing.assert_close(getattr(again.coefficients().detach(), number), value, rtol=0, atol=1e-8)
+    _, anchor, *table = str(again).splitlines()
+    assert anchor == f"anchor: GGDMScheduler of a sampler for checkpoints/{name.split('-')[0]}-ddpm"
+    assert not [line for line in table if "warning" in line]
+    with pytest.raises(ValueError, match="got num_inference_steps=7"):
+        GGDMSampler.from_scheduler(scheduler, 7)
+
+
 @pytest.mark.parametrize("num_steps", [5, 10, 20])
 def test_shipped_samplers_load_as_schedulers(num_steps):
     scheduler = GGDMScheduler.from_pretrained(ROOT / "checkpoints" / f"digits-ggdm-{num_steps}")
