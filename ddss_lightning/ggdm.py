@@ -145,8 +145,8 @@ class GGDMSampler(nn.Module):
             initial = stride_timesteps(self.schedule, config["num_steps"], config["stride"])
         else:
             initial = torch.tensor(config["timesteps"], dtype=torch.float64)
-            outside = (initial < grid[0]).any() or (initial > grid[-1]).any()
-            if len(initial) != config["num_steps"] or (initial.diff() >= 0).any() or outside:
+            outside = not ((initial >= grid[0]) & (initial <= grid[-1])).all()
+            if len(initial) != config["num_steps"] or not (initial.diff() < 0).all() or outside:
                 raise ValueError(
                     f"timesteps must be {config['num_steps']} strictly decreasing numbers in "
                     f"[{float(grid[0]):g}, {float(grid[-1]):g}], got {config['timesteps']}."

@@ -73,8 +73,9 @@ class DDSSModule(SamplingModule):
         remat: what is kept for the backward pass: `none`, `denoiser`, `every(n)` or `budget(bytes)`, with `+offload` or
             without, see `unroll`.
         microbatch_size: images that go through chain and feature network at once; None: all of `batch_size`.
-        features_batch_size: images that go through the feature network (of a latent model: through its decoder too) at
-            once, computed again in the backward pass; None: all at once, and kept.
+        features_batch_size: images that go through the feature network (of a latent model: through its decoder too, in
+            validation, test and teacher as well) at once, computed again in the backward pass; None: all at once, and
+            kept.
         gather_features: under DDP, the loss of the global batch; False: the mean over processes of the loss of each
             one's own, whose gradient is noisier for a KID.
         max_skipped_steps: a step with a loss or gradient that is not finite is skipped; after so many in a row the fit
@@ -110,7 +111,7 @@ class DDSSModule(SamplingModule):
         teacher: TeacherPairs | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(denoiser, sampler, features, remat, seed)
+        super().__init__(denoiser, sampler, features, remat, seed, features_batch_size)
         # As `load_from_checkpoint` gives them.
         gauss_newton = GaussNewton(**gauss_newton) if isinstance(gauss_newton, dict) else gauss_newton
         teacher = TeacherPairs(**teacher) if isinstance(teacher, dict) else teacher
@@ -147,7 +148,7 @@ class DDSSModule(SamplingModule):
                 "teacher=TeacherPairs(...), in a recipe `model.teacher`."
             )
         self.batch_size = batch_size
-        self.microbatch_size, self.features_batch_size = microbatch_size, features_batch_size
+        self.microbatch_size = microbatch_size
         self.gather_features = gather_features
         self.lr, self.time_lr, self.betas = lr, time_lr, betas
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
@@ -233,7 +234,7 @@ class DDSSModule(SamplingModule):
         self.teacher.batch(0, self.trainer.world_size * self.batch_size)
         where = (self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
         with noted(*SIGNALS) as received:
-            self.teacher.make(self.denoiser, *where, told_to_stop=lambda: bool(received))
+            self.teacher.make(self.denoiser, *where, self.features_batch_size, told_to_stop=lambda: bool(received))
         self.trainer.strategy.barrier("teacher")
         if agreed(self.trainer, bool(received)):
             stop(self.trainer, received[0] if received else SIGNALS[0], f"{NOTHING_LEARNED}; its images are kept")

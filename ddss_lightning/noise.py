@@ -59,10 +59,13 @@ def held_out_noise(key: str, indices: list[int], image_shape: tuple[int, ...], n
 
 
 def take_turns(key: str, indices: Sequence[int], num: int) -> Tensor:
-    """Which of `num` conditions each sample gets: equal numbers of all, in turn, from a start that the key gives.
+    """Which of `num` conditions each sample gets: equal numbers of all, in turn, in an order that the key gives.
+
+    The order is random, so that what comes first is a fair sample however classes or prompts are sorted: a batch is
+    compared with real images of all kinds.
 
     Returns:
-        (start(key) + index) mod num, integers, shape (N,).
+        order(key)[index mod num], integers, shape (N,).
     """
-    start = int(torch.randint(num, (), generator=generator_for("conditions", key)))
-    return (torch.as_tensor(list(indices), dtype=torch.long) + start) % num
+    order = torch.randperm(num, generator=generator_for("conditions", key))
+    return order[torch.as_tensor(list(indices), dtype=torch.long) % num]

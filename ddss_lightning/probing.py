@@ -240,6 +240,8 @@ def run_scheduler(
 
 def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
     timesteps = kwargs.get("timesteps")
+    if timesteps is not None:
+        _check_timesteps(scheduler, timesteps)
     if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         _set_timesteps(scheduler, len(timesteps), {name: each for name, each in kwargs.items() if name != "timesteps"})
         _place(scheduler, timesteps)
@@ -252,13 +254,30 @@ def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) ->
         raise ValueError(f"{type(scheduler).__name__} cannot be set to {num_steps} steps: {error!r}") from error
 
 
+def _check_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:  # noqa: ANN401
+    """Schedulers look them up from either end of their tables, whatever they are.
+
+    Raises:
+        ValueError: none, or not decreasing numbers of the noise schedule.
+    """
+    grid = NoiseSchedule.from_scheduler(scheduler).grid
+    given = torch.as_tensor(timesteps, dtype=torch.float64)
+    inside = ((given >= grid[0]) & (given <= grid[-1])).all()
+    if given.ndim != 1 or not len(given) or not inside or not (given.diff() < 0).all():
+        raise ValueError(
+            f"timesteps must be strictly decreasing numbers from {float(grid[-1]):g} to {float(grid[0]):g}, got "
+            f"{given.tolist()}."
+        )
+
+
 def _place(scheduler: Any, timesteps: Sequence[int]) -> None:  # noqa: ANN401
     """Set the timesteps of a scheduler whose `set_timesteps` takes none: its steps go by `sigmas`, one for each.
 
     Its last sigma, after the last call, stays.
 
     Raises:
-        ValueError: its steps do not go by sigmas of the noise schedule, or not one by one.
+        ValueError: its steps do not go by sigmas of the noise schedule, or not one by one; timesteps between those of
+            the network's training.
     """
     own: Any = scheduler.timesteps
     sigmas: Any = getattr(scheduler, "sigmas", ())
@@ -268,6 +287,8 @@ def _place(scheduler: Any, timesteps: Sequence[int]) -> None:  # noqa: ANN401
             f"{type(scheduler).__name__} takes no timesteps; leave them out, or use a scheduler whose set_timesteps "
             "takes them, such as DPMSolverMultistepScheduler."
         )
+    if any(timestep != int(timestep) for timestep in timesteps):
+        raise ValueError(f"timesteps of a {type(scheduler).__name__} must be whole numbers, got {list(timesteps)}.")
     table = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
     placed = ((1 - table) / table).sqrt()[torch.as_tensor(timesteps)]
     scheduler.timesteps = torch.as_tensor(timesteps).to(own)

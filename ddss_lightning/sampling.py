@@ -37,6 +37,7 @@ class SamplingModule(LightningModule):
         features: the network of the scores; it is frozen.
         remat: what is kept for a backward pass, see `unroll`.
         seed: of all noise; validation, test and prediction noise are kept apart.
+        features_batch_size: images that go through the decoder of a latent model at once; None: the whole batch.
 
     The Trainer's precision is 32-true, bf16-mixed or 64-true; others are refused. The sampler is float64 in all.
 
@@ -45,7 +46,13 @@ class SamplingModule(LightningModule):
     """
 
     def __init__(
-        self, denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor, remat: str = "none", seed: int = 0
+        self,
+        denoiser: Denoiser,
+        sampler: GGDMSampler,
+        features: FeatureExtractor,
+        remat: str = "none",
+        seed: int = 0,
+        features_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self._check_parts(denoiser, sampler, features)
@@ -54,6 +61,7 @@ class SamplingModule(LightningModule):
         self.sampler = sampler
         self.averaged = copy.deepcopy(sampler).requires_grad_(False)
         self.remat, self.seed = Remat.parse(remat), seed
+        self.features_batch_size = features_batch_size
         self._real: Tensor | None = None
         self._real_source: object = None
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
@@ -89,6 +97,7 @@ class SamplingModule(LightningModule):
         """
         sampler, base_model = GGDMSampler.from_pretrained(pretrained_path), read_card(pretrained_path)["base_model"]
         self._check_parts(self.denoiser, sampler, self.features)
+        self._compare_settings(pretrained_path, base_model.get("settings"))
         if base_model.get("fingerprint", self.denoiser.fingerprint()) != self.denoiser.fingerprint():
             raise ValueError(
                 f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
@@ -104,6 +113,17 @@ class SamplingModule(LightningModule):
                 source={"class_path": f"the sampler in '{pretrained_path}'"},
             )
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
+
+    def _compare_settings(self, pretrained_path: str | Path, theirs: dict[str, Any] | None) -> None:
+        ours = self.denoiser.settings()
+        # Cards of older versions say nothing of them.
+        changed = [name for name in {**(theirs or {}), **ours} if (theirs or ours).get(name) != ours.get(name)]
+        if changed:
+            rank_zero_warn(
+                f"The sampler in '{pretrained_path}' was learned with other settings of the model: "
+                + ", ".join(f"{name} {(theirs or {}).get(name)}, now {ours.get(name)}" for name in changed)
+                + ". It is used as it is; a sampler is best with those that it was learned with."
+            )
 
     def setup(self, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
         """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
@@ -201,7 +221,8 @@ class SamplingModule(LightningModule):
         `noise` is that of the steps, see `unroll`; `denoiser` is that of these samples, see `Denoiser.for_samples`.
         """
         sampler, denoiser = sampler or self.sampler, denoiser or self.denoiser
-        return to_pixels(denoiser.decode(self._last_state(sampler, denoiser, x_T, noise)))
+        x_0 = self._last_state(sampler, denoiser, x_T, noise)
+        return to_pixels(denoiser.decode_in_parts(x_0, self.features_batch_size))
 
     def _last_state(self, sampler: GGDMSampler, denoiser: Denoiser, x_T: Tensor, noise: Tensor | None) -> Tensor:
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)

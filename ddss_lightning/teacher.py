@@ -160,11 +160,16 @@ class TeacherPairs:
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
+        decode_size: int | None = None,
         told_to_stop: Callable[[], bool] = lambda: False,
     ) -> list[Path]:
         """Make the missing ones of every W-th file, W processes, with states of `dtype`. Returns what was made.
 
-        Before each file it asks whether it is `told_to_stop`; another call goes on with what is missing.
+        `decode_size` of them are decoded at once. Before each file it asks whether it is `told_to_stop`; another call
+        goes on with what is missing.
+
+        Raises:
+            ValueError: images that are not finite.
         """
         from rich.progress import track
 
@@ -180,9 +185,16 @@ class TeacherPairs:
                 break
             x_T = self.noise(list(chunk), denoiser.state_shape).to(device, dtype)
             shown = denoiser.for_samples(self.noise_key, chunk)
-            images = to_uint8(to_pixels(shown.decode(sampler(shown, x_T))))
+            images = shown.decode_in_parts(sampler(shown, x_T), decode_size)
+            if not images.isfinite().all():
+                raise ValueError(
+                    f"The teacher makes images that are not finite, of the pairs {chunk.start} to {chunk.stop - 1}; "
+                    "nothing was kept of them. Look for NaN in the model's weights, or take another teacher."
+                )
             with replacing(path) as partial:
-                save_file({"images": images.cpu().contiguous()}, partial, metadata=self.key(denoiser))
+                save_file(
+                    {"images": to_uint8(to_pixels(images)).cpu().contiguous()}, partial, metadata=self.key(denoiser)
+                )
             made.append(path)
         return made
 

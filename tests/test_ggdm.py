@@ -179,6 +179,7 @@ def test_damaged_folders(tmp_path, schedule):
         ({"learn": ("logsnr",), "parametrization": "ggdm"}, "'logsnr' does not exist in the ggdm"),
         ({"parametrization": "free"}, "Unknown parametrization 'free'"),
         ({"timesteps": [10, 20, 5, 1, 0]}, "timesteps must be 5 strictly decreasing numbers"),
+        ({"timesteps": [900, 500, float("nan"), 1, 0]}, "timesteps must be 5 strictly decreasing numbers"),
         ({"timesteps": [10, 5]}, "timesteps must be 5"),
         ({"prediction_type": "score"}, "Unknown prediction_type 'score'"),
         ({"eta": -1.0}, "eta must be between"),

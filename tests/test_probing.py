@@ -227,6 +227,24 @@ def test_arguments_of_set_timesteps_and_step(scheduler, num_steps, more):
     )
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.UniPCMultistepScheduler(), DPMSolverMultistepScheduler(), EulerDiscreteScheduler()],
+    ids=name_of,
+)
+@pytest.mark.parametrize(
+    "timesteps", [[999, 500, 1000], [999, 500, -5], [999, 500, 500], [20, 500, 999], [999, float("nan")], []], ids=str
+)
+def test_wrong_timesteps_are_told(scheduler, timesteps):
+    with pytest.raises(ValueError, match=r"timesteps must be strictly decreasing numbers from 999 to 0, got \["):
+        probe(scheduler, len(timesteps) or 3, {"timesteps": timesteps})
+
+
+def test_timesteps_between_those_of_training_where_sigmas_are_looked_up():
+    with pytest.raises(ValueError, match="timesteps of a UniPCMultistepScheduler must be whole numbers"):
+        probe(diffusers.UniPCMultistepScheduler(), 2, {"timesteps": [999.5 - 0.6, 3]})
+
+
 def test_nfe_is_what_the_network_is_called():
     assert probe(HeunDiscreteScheduler(), 5).num_steps == 9
     assert probe(diffusers.PNDMScheduler(skip_prk_steps=True), 5).num_steps == 6

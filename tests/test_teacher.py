@@ -95,6 +95,17 @@ def test_what_cannot_be_read_is_refused(pairs, mixture):
         pairs.load(mixture)
 
 
+def test_images_that_are_not_finite_are_not_kept(pairs, mixture, monkeypatch):
+    """They were kept, as black ones, for every later fit."""
+    whole = mixture.forward
+    monkeypatch.setattr(mixture, "forward", lambda x, t: whole(x, t) * float("nan"))
+    with pytest.raises(ValueError, match="images that are not finite, of the pairs 0 to "):
+        double(pairs, mixture)
+    assert not list(pairs.folder(mixture).iterdir())
+    monkeypatch.undo()
+    assert len(double(pairs, mixture)) == 3
+
+
 def test_batches_are_permutations_by_seed_and_epoch():
     pairs = TeacherPairs(num_pairs=10)
     epochs = [[index for step in range(start, start + 3) for index in pairs.batch(step, 3)] for start in (0, 3)]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddss_lightning.frozen import Frozen
@@ -65,3 +66,7 @@ class Denoiser(Frozen, ABC):
     def decode(self, x_0: Tensor) -> Tensor:
         """Images, shape (N, *image_shape), around [-1, 1], of last states, shape (N, *state_shape)."""
         return x_0
+
+    def decode_in_parts(self, x_0: Tensor, size: int | None) -> Tensor:
+        """`decode`, `size` images at once (None: all): a decoder takes many times the memory of its latents."""
+        return self.decode(x_0) if size is None else torch.cat([self.decode(part) for part in x_0.split(size)])

@@ -40,7 +40,8 @@ class DiffusersDenoiser(Denoiser):
     Of a network that predicts its variance too (Nichol and Dhariwal 2021: twice as many channels out as in) the first
     half is used: how much noise a step adds is the sampler's.
 
-    A latent model's states are latents; `decode` makes images of them, x = decoder(z / scaling_factor + shift_factor).
+    A latent model's states are latents; `decode` makes images of them, x = decoder(z s / scaling_factor + m), with the
+    decoder's `latents_std` and `latents_mean`, or 1 and its `shift_factor`.
 
     Args:
         unet: (sample, timestep) -> object with `.sample`, with `in_channels` and `sample_size` in `unet.config`.
@@ -53,8 +54,9 @@ class DiffusersDenoiser(Denoiser):
         guidance_scale: w, for images of all classes in equal numbers; None: of a network with classes the null label.
 
     Raises:
-        ValueError: a network whose output has neither the channels of its input nor twice as many; a null label that
-            the network does not have, or none where one is needed; a guidance scale without classes or below 0.
+        ValueError: a network whose output has neither the channels of its input nor twice as many, or that looks its
+            times up in a table; a null label that the network does not have, or none where one is needed; a guidance
+            scale without classes or below 0.
     """
 
     def __init__(
@@ -69,10 +71,18 @@ class DiffusersDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         config: Any = unet.config
-        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        # A DiT without `out_channels` has as many.
+        out_channels = config.get("out_channels") or config.in_channels
+        if out_channels not in (config.in_channels, 2 * config.in_channels):
             raise ValueError(
-                f"The network maps {config.in_channels} channels to {config.out_channels}; it must be to as many, or, "
+                f"The network maps {config.in_channels} channels to {out_channels}; it must be to as many, or, "
                 "with a learned variance, to twice as many. Models with conditioning channels are not supported."
+            )
+        if config.get("time_embedding_type") == "learned":
+            raise ValueError(
+                "The network looks its times up in a table (time_embedding_type 'learned'), the times of a sampler are "
+                "real-valued; wrap it in a subclass of ddss_lightning.Denoiser that rounds them, and learn neither "
+                "`time` nor `logsnr`."
             )
         size = config.sample_size
         if not size:
@@ -87,7 +97,8 @@ class DiffusersDenoiser(Denoiser):
         self.name = name
         self.num_labels, self.null_label = _labels_of(config, null_label)
         self.guidance_scale = guidance_scale
-        self._check_guidance(self.num_labels, has_null=self.null_label is not None)
+        self.num_classes = self.num_labels - (self.null_label is not None)
+        self._check_guidance(self.num_classes, has_null=self.null_label is not None)
         # Of the images of a batch, in order.
         self.shown: Conditions | None = None
         self.compile_mode: str | None = None
@@ -137,7 +148,7 @@ class DiffusersDenoiser(Denoiser):
                 with class labels, nor a DiT, a scheduler of an unknown noise schedule, an unknown mode; and as the
                 constructor.
         """
-        check_path(pretrained_path)
+        pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
         classes = Path(pretrained_path) / CLASSES_NAME
         with loading(pretrained_path):
@@ -173,22 +184,26 @@ class DiffusersDenoiser(Denoiser):
         return 1 if self.guidance_scale in (None, 0, 1) else 2
 
     def settings(self) -> dict[str, Any]:
-        """Null label and guidance scale of a network with classes; scale and shift of a latent model's states."""
+        """Null label and guidance scale of a network with classes; how the states of a latent model are scaled."""
         found: dict[str, Any] = {} if self.null_label is None else {"null_label": self.null_label}
         if self.guidance_scale is not None:
             found["guidance_scale"] = self.guidance_scale
         if self.vae is None:
             return found
         config: Any = self.vae.config
-        return {**found, "scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
+        found |= {"scaling_factor": config.scaling_factor, "shift_factor": config.get("shift_factor") or 0.0}
+        return {**found, **({"latents": _latent_moments(config)} if _latent_moments(config) else {})}
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images of last states."""
         if self.vae is None:
             return x_0
         vae: Any = self.vae
-        shift = vae.config.get("shift_factor") or 0.0
-        images: Tensor = vae.decode(x_0 / vae.config.scaling_factor + shift, return_dict=False)[0]
+        mean: Any = vae.config.get("shift_factor") or 0.0
+        std: Any = 1.0
+        if moments := _latent_moments(vae.config):
+            mean, std = (x_0.new_tensor(value).view(1, -1, 1, 1) for value in moments)
+        images: Tensor = vae.decode(x_0 * std / vae.config.scaling_factor + mean, return_dict=False)[0]
         # Under autocast the decoder answers in half precision, which has no 256 levels to round to.
         return images.to(x_0.dtype)
 
@@ -197,7 +212,7 @@ class DiffusersDenoiser(Denoiser):
     def for_samples(self, key: str, indices: Sequence[int]) -> DiffusersDenoiser:
         """The same frozen network with the condition of each of these samples; nothing is copied.
 
-        With a `guidance_scale` the conditions take turns over the indices, from a start that is a function of the key;
+        With a `guidance_scale` the conditions take turns over the indices, in an order that is a function of the key;
         without one, it is this denoiser.
         """
         if self.guidance_scale is None:
@@ -237,7 +252,7 @@ class DiffusersDenoiser(Denoiser):
     @property
     def num_conditions(self) -> int:
         """How many there are to take turns: the classes, without the null label."""
-        return self.num_labels - (self.null_label is not None)
+        return self.num_classes
 
     def _conditions(self, which: Tensor) -> Conditions:
         """The conditions of these numbers, 0 to num_conditions - 1, shape (N,)."""
@@ -245,14 +260,16 @@ class DiffusersDenoiser(Denoiser):
         skipped = self.num_labels if self.null_label is None else self.null_label
         return {"class_labels": which + (which >= skipped).long()}
 
-    def _nothing(self, num: int, device: torch.device) -> Conditions:
-        """What stands for no condition, for this many images."""
-        return {} if self.null_label is None else {"class_labels": torch.full((num,), self.null_label, device=device)}
+    def _nothing(self, x_t: Tensor) -> Conditions:
+        """What stands for no condition, for each of these states; nothing, where the network has no null label."""
+        if self.null_label is None:
+            return {}
+        return {"class_labels": torch.full((len(x_t),), self.null_label, device=x_t.device)}
 
     def _showing(self, shown: Conditions | None, guidance_scale: float | None) -> DiffusersDenoiser:
         conditioned = copy.copy(self)
         conditioned.shown, conditioned.guidance_scale = shown, guidance_scale
-        conditioned._check_guidance(self.num_conditions, has_null=bool(self._nothing(1, torch.device("cpu"))))
+        conditioned._check_guidance(self.num_conditions, has_null=bool(self._nothing(torch.empty(1))))
         return conditioned
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
@@ -267,14 +284,14 @@ class DiffusersDenoiser(Denoiser):
                 f"The model '{self.name}' works on images of shape {self.state_shape} (channels, height, width), "
                 f"got {tuple(x_t.shape[1:])}."
             )
-        nothing, scale = self._nothing(len(x_t), x_t.device), self.guidance_scale
+        nothing, scale = self._nothing(x_t), self.guidance_scale
         if self.shown is None and scale is not None:
             raise ValueError(
                 f"The model '{self.name}' is to show conditions: say of which samples with `for_samples(key, indices)`."
             )
         if self.shown is None or scale is None or scale == 0:
             return self._call(x_t, timestep, nothing)
-        shown = {name: rows.to(x_t.device) for name, rows in self.shown.items()}
+        shown = {name: rows.to(x_t.device, _type_of(rows, x_t)) for name, rows in self.shown.items()}
         given = len(next(iter(shown.values())))
         if given != len(x_t):
             raise ValueError(f"The conditions of {given} images were given for a batch of {len(x_t)}.")
@@ -292,6 +309,17 @@ class DiffusersDenoiser(Denoiser):
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
         return output
+
+
+def _type_of(rows: Tensor, x_t: Tensor) -> torch.dtype:
+    """Labels stay integers; all else has the states' type."""
+    return x_t.dtype if rows.is_floating_point() else rows.dtype
+
+
+def _latent_moments(config: Any) -> tuple[list[float], list[float]] | None:  # noqa: ANN401
+    """Mean and standard deviation of the latents by channel, of a decoder that has both, as in diffusers' SDXL."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    return None if mean is None or std is None else (list(mean), list(std))
 
 
 def check_mode(compile_mode: str | None) -> None:

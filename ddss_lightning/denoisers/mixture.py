@@ -30,8 +30,8 @@ class MixtureDenoiser(Denoiser):
 
     def __init__(self, means: Tensor, std: float, schedule: NoiseSchedule) -> None:
         super().__init__()
-        if std < 0:
-            raise ValueError(f"std must be at least 0, got {std}.")
+        if not 0 <= std < float("inf"):
+            raise ValueError(f"std must be a number of at least 0, got {std}.")
         self.register_buffer("means", means)
         # A buffer, so that it is part of the fingerprint.
         self.register_buffer("std", torch.tensor(float(std), dtype=torch.float64))

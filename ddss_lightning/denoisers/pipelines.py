@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,25 @@ def read_config(base: Any, path: str, subfolder: str = "", **kwargs: str) -> dic
     return config
 
 
-def check_path(pretrained_path: str) -> None:
-    """Make sure that this is a folder, or can be a name on the hub.
+def check_path(pretrained_path: str | Path, kwargs: Mapping[str, Any]) -> str:
+    """Make sure that this is a folder, or can be a name on the hub; returns it as a text.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither; or the arguments for diffusers ask for weights of half precision.
     """
+    pretrained_path = str(pretrained_path)
+    if given := {"torch_dtype", "dtype"} & kwargs.keys():
+        raise ValueError(
+            f"{given.pop()}: a model is loaded in float32; leave it out, and for half precision give the Trainer "
+            "precision='bf16-mixed'."
+        )
     folder = Path(pretrained_path)
     if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
         raise ValueError(
             f"No diffusion model in '{pretrained_path}': {not_here()}. Give a folder written by a diffusers "
             "pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
         )
+    return pretrained_path
 
 
 @contextlib.contextmanager

@@ -36,9 +36,10 @@ class TextDenoiser(DiffusersDenoiser):
     .. math:: output = output_{negative} + w (output_{prompt} - output_{negative})
 
     The prompts take turns over the samples (see `for_samples`): the sampler is learned for all of them at once. They
-    are encoded once, on the CPU, by the pipeline's own text encoders, which are not kept; the encoded ones stay
-    with the network, 0.2 MB a prompt, of SDXL 0.6 MB. A call costs two evaluations of the network, or one at
-    a scale of 0 (the negative prompt alone) or 1.
+    are encoded once, on the CPU, by the pipeline's own text encoders, which are not kept; the encoded ones stay in
+    main memory (Stable Diffusion 1: 0.2 MB a prompt, XL: 0.6, 3: 5.5), from which those of a batch are fetched. A call
+    costs two evaluations of the network, or one at a scale of 1, which is no guidance (diffusers takes anything below
+    for 1, too).
 
     Args:
         unet: a `UNet2DConditionModel` or `SD3Transformer2DModel`.
@@ -49,10 +50,11 @@ class TextDenoiser(DiffusersDenoiser):
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
         vae: decoder of the latents.
-        guidance_scale: w.
+        guidance_scale: w, at least 1.
 
     Raises:
-        ValueError: as `DiffusersDenoiser`; no prompts, or a negative one of another shape.
+        ValueError: as `DiffusersDenoiser`; no prompts, names with different numbers of them, or a negative one of
+            another shape; a guidance scale below 1; a network that is told its guidance scale (of a consistency model).
     """
 
     def __init__(
@@ -70,16 +72,28 @@ class TextDenoiser(DiffusersDenoiser):
             k: rows.shape[1:] for k, rows in negative.items()
         }:
             raise ValueError("The negative prompt must be encoded as the prompts are: the same names and shapes.")
-        if "encoder_hidden_states" not in prompts or not len(prompts["encoder_hidden_states"]):
-            raise ValueError("There must be at least one prompt, encoded as `encoder_hidden_states`.")
+        numbers = {key: len(rows) for key, rows in prompts.items()}
+        if not numbers.get("encoder_hidden_states") or len(set(numbers.values())) > 1:
+            raise ValueError(
+                "There must be at least one prompt, encoded as `encoder_hidden_states`, and as many rows of each name, "
+                f"got {numbers}."
+            )
+        if guidance_scale is None or not 1 <= guidance_scale < float("inf"):
+            raise ValueError(
+                f"guidance_scale must be a number of at least 1, got {guidance_scale}; 1 is no guidance, which the "
+                "pipelines of diffusers take all below for."
+            )
+        config: Any = unet.config
+        if config.get("time_cond_proj_dim"):
+            raise ValueError(
+                "The network is told its guidance scale (time_cond_proj_dim), as a latent consistency model is; that "
+                "is not supported. Use the model that it was distilled from."
+            )
         super().__init__(unet, schedule, prediction_type, name, vae=vae)
-        self._names = tuple(prompts)
-        # Not part of the fingerprint, which is of the weights.
-        for key in prompts:
-            self.register_buffer(f"prompt_{key}", prompts[key].detach(), persistent=False)
-            self.register_buffer(f"negative_{key}", negative[key].detach()[:1], persistent=False)
+        # No buffers: thousands of prompts stay in main memory, and are not part of the fingerprint.
+        self._prompts = {key: rows.detach().cpu() for key, rows in prompts.items()}
+        self._negative = {key: rows.detach()[:1].cpu() for key, rows in negative.items()}
         self.guidance_scale = guidance_scale
-        self._check_guidance(self.num_conditions, has_null=True)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -96,7 +110,7 @@ class TextDenoiser(DiffusersDenoiser):
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
             prompts: a text file with a prompt in each line (empty lines are left out), or the prompts.
-            guidance_scale: w.
+            guidance_scale: w, at least 1.
             negative_prompt: what to guide away from; default: nothing, as the pipeline encodes it.
             compile_mode: as in `DiffusersDenoiser.from_pretrained`.
             **kwargs: passed to diffusers, such as `revision` or `variant`.
@@ -104,7 +118,7 @@ class TextDenoiser(DiffusersDenoiser):
         Raises:
             ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode.
         """
-        check_path(pretrained_path)
+        pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
         texts = _read_prompts(prompts)
         with loading(pretrained_path):
@@ -126,24 +140,22 @@ class TextDenoiser(DiffusersDenoiser):
     @property
     def num_conditions(self) -> int:
         """How many prompts there are."""
-        return len(self.get_buffer("prompt_encoder_hidden_states"))
+        return len(self._prompts["encoder_hidden_states"])
 
     def settings(self) -> dict[str, Any]:
         """Besides those of any latent model: the guidance scale, and a digest of what the prompts were encoded to."""
         digest = hashlib.sha256()
-        for name in self._names:
-            for part in ("prompt", "negative"):
-                value = self.get_buffer(f"{part}_{name}").float().cpu().contiguous()
+        for name in self._prompts:
+            for part, rows in (("prompt", self._prompts), ("negative", self._negative)):
+                value = rows[name].float().contiguous()
                 digest.update(f"{part}_{name}{tuple(value.shape)}".encode() + value.numpy().tobytes())
         return {**super().settings(), "prompts": digest.hexdigest()[:16]}
 
     def _conditions(self, which: Tensor) -> Conditions:
-        rows = {name: self.get_buffer(f"prompt_{name}") for name in self._names}
-        return {name: value[which.to(value.device)] for name, value in rows.items()}
+        return {name: rows[which] for name, rows in self._prompts.items()}
 
-    def _nothing(self, num: int, device: torch.device) -> Conditions:
-        rows = {name: self.get_buffer(f"negative_{name}") for name in self._names}
-        return {name: value.to(device).expand(num, *value.shape[1:]) for name, value in rows.items()}
+    def _nothing(self, x_t: Tensor) -> Conditions:
+        return {name: rows.to(x_t).expand(len(x_t), *rows.shape[1:]) for name, rows in self._negative.items()}
 
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         own = {name: rows for name, rows in conditions.items() if name in ADDED}
@@ -161,14 +173,19 @@ def _read_prompts(prompts: str | Sequence[str]) -> list[str]:
         ValueError: no such file, or no prompt.
     """
     if isinstance(prompts, str):
-        path = Path(prompts)
-        if not path.is_file():
-            raise ValueError(f"There is no file '{prompts}'; give prompts as a text file with one in each line.")
         try:
-            texts = path.read_text(encoding="utf-8").splitlines()
+            # Editors of Windows mark such files at their beginning.
+            texts = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"The prompts in '{prompts}' are not a text in UTF-8 ({error}).") from error
+        except OSError as error:
+            raise ValueError(
+                f"No prompts could be read from '{prompts}' ({error.strerror}); give a text file with one in each "
+                "line, or a list."
+            ) from error
     else:
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"Prompts are a text file with one in each line, or a list of texts, got {prompts!r}.")
         texts = list(prompts)
     found = [text.strip() for text in texts if text.strip()]
     if not found:

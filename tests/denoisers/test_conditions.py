@@ -1,6 +1,7 @@
 """Conditions by index: what is learned, scored and compared is shown the same classes as its noise is drawn for."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -46,13 +47,22 @@ def classes(key, indices):
     return torch.tensor([0, 2, 3])[take_turns(key, indices, 3)]
 
 
-def test_turns_are_equal_numbers_from_a_start_of_the_key():
+def test_turns_are_equal_numbers_in_an_order_of_the_key():
     found = take_turns("validation/0", range(7, 19), 3)
     assert torch.bincount(found).tolist() == [4, 4, 4]
     assert torch.equal(found[3:], take_turns("validation/0", range(10, 19), 3))
     assert torch.equal(take_turns("validation/0", [9, 7], 3), found[[2, 0]])
     starts = {int(take_turns(f"train/0/{step}", [0], 3)) for step in range(20)}
     assert starts == {0, 1, 2}
+
+
+def test_few_samples_of_many_conditions_are_a_fair_sample_of_them():
+    """Of sorted classes the neighbours are alike: 50 in a row would be images of one kind."""
+    means = torch.stack([take_turns(f"train/0/{step}", range(50), 1000).double().mean() for step in range(200)])
+    # The mean of n of the numbers below N, none twice, has the variance (N^2 - 1) / 12 / n (N - n) / (N - 1).
+    expected = (999_999 / 12 / 50 * 950 / 999) ** 0.5
+    assert abs(float(means.std()) / expected - 1) < 0.2
+    assert abs(float(means.mean()) - 499.5) < 4 * expected / 200**0.5
 
 
 def test_each_sample_is_shown_the_class_of_its_index(guided):
@@ -84,7 +94,25 @@ def test_a_network_without_a_null_label(schedule):
         conditional.with_labels(labels, 3.0)
 
 
+def test_a_sampler_of_another_guidance_is_warned_of(guided, features, tmp_path):
+    sampler = GGDMSampler(guided.schedule, 2)
+    module = DDSSModule(guided, sampler, features)
+    sampler.save_pretrained(tmp_path, base_model=module.base_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_sampler(tmp_path)
+    other = DDSSModule(
+        DiffusersDenoiser(guided.unet, guided.schedule, null_label=1, name=guided.name, guidance_scale=3.0),
+        GGDMSampler(guided.schedule, 2),
+        features,
+    )
+    with pytest.warns(UserWarning, match=r"learned with other settings of the model: guidance_scale 2\.0, now 3\.0\."):
+        other.load_sampler(tmp_path)
+
+
 def test_wrong_guidance(guided, denoiser):
+    with pytest.raises(ValueError, match="has no classes, so there is nothing to guide it to"):
+        DiffusersDenoiser(network(1), guided.schedule, null_label=0, guidance_scale=2.0)
     with pytest.raises(ValueError, match="has no classes, so there is nothing to guide it to"):
         DiffusersDenoiser(denoiser.unet, denoiser.schedule, guidance_scale=1.0)
     for scale in (-1.0, float("nan"), float("inf")):

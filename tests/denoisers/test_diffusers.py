@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTTransformer2DModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
@@ -82,6 +83,30 @@ def test_wrong_size_and_channels(denoiser):
         denoiser(torch.zeros(1, 3, 8, 8), torch.zeros(1))
     with pytest.raises(ValueError, match="maps 3 channels to 5; it must be to as many, or"):
         DiffusersDenoiser(small_unet(3, 5), denoiser.schedule)
+
+
+def test_times_in_a_table_are_refused(schedule):
+    unet = UNet2DModel(
+        8, 1, 1, norm_num_groups=4, layers_per_block=1, time_embedding_type="learned", num_train_timesteps=1000, **SMALL
+    )
+    with pytest.raises(ValueError, match="looks its times up in a table"):
+        DiffusersDenoiser(unet, schedule)
+
+
+def test_a_dit_without_out_channels_has_as_many_as_in(schedule):
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    assert DiffusersDenoiser(dit, schedule).state_shape == (4, 8, 8)
+
+
+def test_half_precision_is_the_trainer_s(tmp_path):
+    with pytest.raises(ValueError, match=r"torch_dtype: a model is loaded in float32; .* precision='bf16-mixed'"):
+        DiffusersDenoiser.from_pretrained(DDPM, torch_dtype=torch.bfloat16)
+    assert DiffusersDenoiser.from_pretrained(Path(DDPM)).name == str(DDPM)
+    with pytest.raises(ValueError, match="No diffusion model in"):
+        DiffusersDenoiser.from_pretrained(tmp_path / "none")
 
 
 def test_a_learned_variance_is_left_out(schedule):
@@ -269,6 +294,11 @@ def test_the_grid_of_a_latent_model_is_of_images(latent_folder, features, tmp_pa
     found = scorer.images(Candidate("ours", 3, "learned", module.sampler), seed=1)
     x_T, noise = held_out_noise("test/1", list(range(len(found))), denoiser.state_shape, 3)
     assert torch.equal(found, module.generate(x_T, noise))
+    sizes, decode = [], denoiser.decode
+    denoiser.decode = lambda x_0: sizes.append(len(x_0)) or decode(x_0)
+    parts = SamplingModule(denoiser, module.sampler, features, features_batch_size=24)
+    torch.testing.assert_close(parts.generate(x_T, noise), found, rtol=0, atol=1e-2)  # a rounded grey level
+    assert sizes == [24, 24, 16]
     assert found.shape[1:] == (1, 8, 8)
 
 

@@ -16,8 +16,9 @@ def test_noise_prediction_is_the_score(mixture):
 
 
 def test_negative_std(schedule):
-    with pytest.raises(ValueError, match="std must be at least 0, got -1"):
-        MixtureDenoiser(torch.zeros(1, 1, 2, 2), -1.0, schedule)
+    for std in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"std must be a number of at least 0, got {std}"):
+            MixtureDenoiser(torch.zeros(1, 1, 2, 2), std, schedule)
 
 
 def test_the_fingerprint_knows_the_width(schedule):

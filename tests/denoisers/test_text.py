@@ -19,7 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ddss_lightning import DDSSModule, GGDMSampler, RandomFeatures, TeacherLoss, TeacherPairs
 from ddss_lightning.denoisers import DiffusersDenoiser, TextDenoiser
+from ddss_lightning.denoisers.text import _read_prompts, encode_prompts
 from ddss_lightning.noise import take_turns
+from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.test_scheduler import tiny_unet, tiny_vae
 
@@ -88,7 +90,7 @@ def test_the_images_are_those_of_the_pipeline(folder, negative):
     denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0, negative_prompt=negative)
     assert (denoiser.state_shape, denoiser.image_shape, denoiser.num_conditions) == ((4, 8, 8), (3, 16, 16), 3)
     sampler = GGDMSampler(denoiser.schedule, 4, prediction_type=denoiser.prediction_type)
-    third = {"text_encoder_3": None, "tokenizer_3": None} if "pooled_projections" in denoiser._names else {}
+    third = {"text_encoder_3": None, "tokenizer_3": None} if "pooled_projections" in denoiser._prompts else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, **third)
     pipeline.scheduler = GGDMScheduler.from_sampler(sampler)
     pipeline.set_progress_bar_config(disable=True)
@@ -150,15 +152,67 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
     assert TextDenoiser.from_pretrained(folder, "prompts.txt").settings() == (
         TextDenoiser.from_pretrained(folder, PROMPTS).settings()
     )
-    with pytest.raises(ValueError, match=r"There is no file 'none\.txt'; give prompts as a text file"):
-        TextDenoiser.from_pretrained(folder, "none.txt")
+    # As an editor of Windows writes it.
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfabc\r\n a b\r\ncab")
+    assert _read_prompts("marked.txt") == PROMPTS
+    for name, reason in {"none.txt": "No such file", "ab " * 100: "File name too long", ".": "Is a directory"}.items():
+        with pytest.raises(ValueError, match=f"{reason}.*; give a text file with one in each line, or a list"):
+            TextDenoiser.from_pretrained(folder, name)
+    for prompts in (None, [1, 2], 3):
+        with pytest.raises(ValueError, match="Prompts are a text file with one in each line, or a list of texts, got"):
+            TextDenoiser.from_pretrained(folder, prompts)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"There is no prompt in 'empty\.txt'"):
         TextDenoiser.from_pretrained(folder, "empty.txt")
-    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got -1"):
-        TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=-1.0)
+    for scale in (-1.0, 0.0, 0.5, float("nan"), None):
+        with pytest.raises(ValueError, match=f"guidance_scale must be a number of at least 1, got {scale}; 1 is no"):
+            TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=scale)
+    with pytest.raises(ValueError, match="torch_dtype: a model is loaded in float32"):
+        TextDenoiser.from_pretrained(folder, PROMPTS, torch_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"Model, which is shown texts; use ddss_lightning\.TextDenoiser"):
         DiffusersDenoiser.from_pretrained(folder)
+
+
+def test_networks_and_encoded_prompts_that_do_not_fit(schedule):
+    rows = {"encoder_hidden_states": torch.zeros(3, 8, 16), "text_embeds": torch.zeros(2, 16)}
+    with pytest.raises(
+        ValueError, match=r"as many rows of each name, got \{'encoder_hidden_states': 3, 'text_embeds': 2"
+    ):
+        TextDenoiser(tiny_unet(), schedule, rows, {name: value[:1] for name, value in rows.items()})
+    rows.pop("text_embeds")
+    with pytest.raises(ValueError, match="is told its guidance scale"):
+        TextDenoiser(tiny_unet(time_cond_proj_dim=16), schedule, rows, rows)
+
+
+def test_decoders_with_moments_of_their_latents(tmp_path):
+    """As some models of the architecture of SDXL have them; its pipeline looks at both."""
+    unet = tiny_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
+    )
+    vae = tiny_vae()
+    vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
+    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**BETAS))
+    sampler = GGDMSampler(schedule, 3)
+    words = {"tokenizer": tokenizer(tmp_path / "words"), "text_encoder": text_encoder(CLIPTextModel, 8)}
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet, vae=vae, scheduler=GGDMScheduler.from_sampler(sampler), add_watermarker=False, **words,
+        tokenizer_2=words["tokenizer"], text_encoder_2=text_encoder(CLIPTextModelWithProjection, 8),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    shown, negative = encode_prompts(pipeline, PROMPTS)
+    denoiser = TextDenoiser(unet, schedule, shown, negative, vae=vae, guidance_scale=3.0)
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    texts = [PROMPTS[i] for i in take_turns("test/0", [0, 1], 3)]
+    images = pipeline(
+        texts, guidance_scale=3.0, num_inference_steps=3, latents=x_T, output_type="np", height=16, width=16
+    ).images
+    with torch.no_grad():
+        last = sampler(denoiser.for_samples("test/0", [0, 1]), x_T)
+        ours = (denoiser.decode(last) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        assert torch.equal(denoiser.decode_in_parts(last, 1), torch.cat([denoiser.decode(each[None]) for each in last]))
+    torch.testing.assert_close(ours, torch.from_numpy(images), rtol=1e-4, atol=1e-4)
+    assert denoiser.settings()["latents"] == ([0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0])
+    assert "latents" not in TextDenoiser(unet, schedule, shown, negative, vae=tiny_vae()).settings()
 
 
 def test_another_kind_of_pipeline(tmp_path, denoiser):
