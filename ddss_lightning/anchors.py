@@ -51,7 +51,9 @@ class FormulaAnchor(nn.Module):
     def logsnrs(self, log_factors: Tensor) -> Tensor:
         """Half log-SNRs, shape (K,), increasing: the gaps are multiplied by exp(log_factors)."""
         gaps = self.logsnrs_0.diff() * log_factors.exp()
-        return torch.cat([self.logsnrs_0[:1], self.logsnrs_0[:1] + gaps.cumsum(0)])
+        # Their sums, without `cumsum`, whose order of addition on a GPU is not always the same.
+        sums = gaps.new_ones(len(gaps), len(gaps)).tril() @ gaps
+        return torch.cat([self.logsnrs_0[:1], self.logsnrs_0[:1] + sums])
 
     def timesteps(self, log_factors: Tensor, offsets: Tensor) -> Tensor:
         """Times shown to the network, shape (K,): at the half log-SNRs plus offsets, never increasing."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 import warnings
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -29,6 +32,13 @@ from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "compare", *COMMANDS)
+PARTS = ("denoiser", "sampler", "features", "loss", "model", "data", "trainer", "quality", "pictures", "images")
+# After Ctrl+C.
+GO_ON = {
+    "fit": "--ckpt_path goes on from the last checkpoint, if there is one yet, and the same command starts again",
+    "compare": "the same command goes on with what is missing",
+    "predict": "the same command starts again with --images.overwrite=true",
+}
 # What Lightning resolves in `ckpt_path`, such as `registry:model`.
 KEYWORDS = ("last", "best", "hpc", "registry")
 # Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
@@ -68,7 +78,10 @@ class SaveConfig(SaveConfigCallback):
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
-        held = folder is not None and not self.overwrite and Path(folder, self.config_filename).exists()
+        there = folder is not None and Path(folder, self.config_filename).exists()
+        # A fit that failed before its first score had nothing to lose.
+        self.overwrite |= there and stage == "fit" and not _holds_results(Path(str(folder)))
+        held = there and not self.overwrite
         # All processes stop, or none.
         if trainer.strategy.broadcast(held):
             go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
@@ -80,6 +93,10 @@ class SaveConfig(SaveConfigCallback):
         """Write the recipe of a run that goes on."""
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
+
+
+def _holds_results(folder: Path) -> bool:
+    return any(any((folder / name).glob("*")) for name in ("checkpoints", "sampler", "pictures"))
 
 
 class DDSSCommandLine(LightningCLI):
@@ -104,6 +121,8 @@ class DDSSCommandLine(LightningCLI):
         parser.add_subclass_arguments(FeatureExtractor, "features", required=True, help="where images are compared")
         parser.add_subclass_arguments(SampleLoss, "loss", required=False, help="what is minimised; default: the KID")
         parser.set_defaults({"loss": {"class_path": "ddss_lightning.KIDLoss"}})
+        # Without a logger: not among the models in a checkout's `checkpoints/`.
+        parser.set_defaults({"trainer.default_root_dir": "runs"})
         parser.add_lightning_class_args(SampleQuality, "quality")
         parser.add_lightning_class_args(SamplerPictures, "pictures")
         parser.add_lightning_class_args(ImageWriter, "images")
@@ -121,7 +140,7 @@ class DDSSCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """`seed_everything` is the seed of learning too, unless `model.seed` is given."""
         seed, model = self._get(self.config, "seed_everything"), self._get(self.config, "model")
-        if type(seed) is int and model is not None and model.get("seed") == 0:
+        if type(seed) is int and hasattr(model, "get") and model.get("seed") is None:
             model["seed"] = seed
 
     def instantiate_classes(self) -> None:
@@ -153,6 +172,9 @@ class DDSSCommandLine(LightningCLI):
         if folder:
             learn = self.model.sampler.config["learn"] if self.subcommand == "fit" else ()
             self.model.load_sampler(sampler_folder(folder), learn)
+            rank_zero_info(
+                f"sampler: the one in '{folder}', {self.model.sampler.num_steps} network calls, instead of the recipe's"
+            )
 
     def _go_on(self) -> None:
         """The same command starts a fit and goes on with it: from the checkpoint in its folder, where there is one.
@@ -168,7 +190,10 @@ class DDSSCommandLine(LightningCLI):
             )
         # Where Lightning will look for it.
         keepers = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-        if any(keeper._find_last_checkpoints(self.trainer) for keeper in keepers):
+        found = [path for keeper in keepers for path in keeper._find_last_checkpoints(self.trainer)]
+        if found:
+            for path in found:
+                _check_readable(path)
             self.quality.overwrite = True
         else:
             # A run that ended before its first checkpoint, if any, has nothing to lose but its start.
@@ -216,6 +241,25 @@ def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may
     return logger in (None, True) or ("version" in options and options["version"] is None)
 
 
+def _check_recipes(args: list[str]) -> None:
+    """Find files that are no recipes, which the parser would not name.
+
+    Raises:
+        ValueError: one that is no YAML, or not of parts with names.
+    """
+    files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
+    for file in [*files, *(arg.partition("=")[2] for arg in args if arg.startswith("--config="))]:
+        try:
+            content = yaml.safe_load(Path(file).read_text()) if Path(file).is_file() else {"": {}}
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"'{file}' is no recipe: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"'{file}' is no recipe: a recipe has parts, such as `denoiser:` and `trainer:`.")
+        wrong = [name for name in PARTS if not isinstance(content.get(name, {}), (dict, str, NoneType))]
+        if wrong:
+            raise ValueError(f"'{file}': `{wrong[0]}` must have named values below it, got {content[wrong[0]]!r}.")
+
+
 def _one_line(error: Exception) -> str:
     """The message without line breaks; of the parser's nested report on a wrong value only the innermost part."""
     message = " ".join(str(error).split())
@@ -260,12 +304,13 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
 
 
 def main(args: list[str] | None = None) -> None:
-    """Console entry point. Bad input ends with one line on standard error and exit status 1."""
+    """Console entry point. Bad input ends with one line on standard error and exit status 1, Ctrl+C with 130."""
     args = sys.argv[1:] if args is None else args
     try:
         if not args or not (args[0] in SUBCOMMANDS or args[0].startswith("-")):
             asked = f"There is no subcommand '{args[0]}'" if args else "A subcommand is needed"
             raise ValueError(f"{asked}; choose one of {', '.join(SUBCOMMANDS)}, and see its --help.")
+        _check_recipes(args)
         if args[0] in COMMANDS:
             command = COMMANDS[args[0]]
             auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
@@ -279,6 +324,12 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read has seen enough, as in `ddss inspect DIR | head`; what is left would be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes status 1, that of bad input, of Ctrl+C.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print(f"ddss: interrupted; {GO_ON.get(args[0], 'the same command starts again')}", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise

@@ -98,7 +98,8 @@ class Coefficients:
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape} for {num_steps} steps, got {tuple(value.shape)}.")
             if not value.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite: {value.detach()}.")
+                number = int((~value.isfinite()).sum())
+                raise ValueError(f"{name} holds numbers that are not finite, {number} of {value.numel()}.")
         if self.mu.triu(1).any():
             raise ValueError("mu must be lower triangular: a state can only depend on the states before it.")
         if self.past_noise.triu().any():

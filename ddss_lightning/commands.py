@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
+from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import CARD_NAME, GGDMSampler, read_card
 from ddss_lightning.pictures import mu_figure, save_figure
 from ddss_lightning.scheduler import GGDMScheduler
@@ -57,15 +61,23 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
         ValueError: no sampler, a damaged one, or one of these files in `output` and `overwrite` is false.
     """
     source, folder = sampler_folder(sampler), Path(output)
-    scheduler = GGDMScheduler.from_sampler(
-        GGDMSampler.from_pretrained(source), base_model=read_card(source)["base_model"].get("name")
-    )
+    loaded = GGDMSampler.from_pretrained(source)
+    for problem in loaded.coefficients().problems():
+        warnings.warn(f"The sampler in '{source}' is no good one: {problem}.", stacklevel=2)
+    scheduler = GGDMScheduler.from_sampler(loaded, base_model=read_card(source)["base_model"].get("name"))
     present = [name for name in (GGDMScheduler.config_name, MODULE_NAME, "README.md") if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(f"'{folder}' already holds {', '.join(present)}; give another folder or --overwrite=true.")
-    scheduler.save_pretrained(folder)
-    shutil.copyfile(str(scheduler_module.__file__), folder / MODULE_NAME)
-    (folder / "README.md").write_text(_card(scheduler, read_card(source)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(folder / MODULE_NAME) as module,
+        replacing(folder / "README.md") as card,
+        tempfile.TemporaryDirectory(dir=folder) as made,
+    ):
+        shutil.copyfile(str(scheduler_module.__file__), module)
+        card.write_text(_card(scheduler, read_card(source)))
+        scheduler.save_pretrained(made)
+        os.replace(Path(made, GGDMScheduler.config_name), folder / GGDMScheduler.config_name)
     print(f"wrote {scheduler.num_steps} steps to '{folder}': {GGDMScheduler.config_name}, {MODULE_NAME}, README.md")
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,6 @@ from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
-from ddss_lightning.images import to_pixels
-from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
 from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.solvers import STRIDES
@@ -129,11 +128,14 @@ class Comparison:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output: '{self.output}' is no folder; give another one.")
+        # What is named twice is one thing to measure.
+        object.__setattr__(self, "steps", list(dict.fromkeys(self.steps)))
+        object.__setattr__(self, "seeds", list(dict.fromkeys(self.seeds)))
 
     @property
     def solver_names(self) -> list[str]:
-        """All solvers to compare, by name."""
-        return list(SOLVERS) if list(self.solvers) == ["all"] else list(self.solvers)
+        """All solvers to compare, by name, each once."""
+        return list(SOLVERS) if list(self.solvers) == ["all"] else list(dict.fromkeys(self.solvers))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,10 @@ def solver_candidates(module: SamplingModule, name: str, nfe: int) -> list[Candi
     for options in SOLVERS[name]:
         arguments: dict[str, Any] = {"learn": (), "prediction_type": module.denoiser.prediction_type, **options}
         try:
-            sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
+            with warnings.catch_warnings():
+                # Of all placements of its calls the best one is taken.
+                warnings.filterwarnings("ignore", message=".* is no good sampler")
+                sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
         except ValueError as error:
             reason = reason or str(error)
             continue
@@ -369,8 +374,7 @@ class Scorer:
         """All scores on the noise of `split` `test`; on `validation` the FID alone."""
         key = self.key(candidate, seed, split)
         if key not in self.scores.cells:
-            self.module.seed, self.module.sampler = seed, candidate.sampler.requires_grad_(False)
-            self.module.averaged = self.module.sampler
+            self._take(candidate, seed)
             run, quality = self.trainer.test if split == "test" else self.trainer.validate, self.quality[split]
             self.trainer.callbacks = [quality, self.progressed]  # type: ignore[attr-defined]
             run(self.module, datamodule=self.datamodule, verbose=False)
@@ -401,14 +405,17 @@ class Scorer:
     @torch.no_grad()
     def images(self, candidate: Candidate, seed: int) -> Tensor:
         """The first images of the test noise, the same noise for every candidate; black where they are not finite."""
-        module = self.module
-        key, indices = f"test/{seed}", list(range(GRID_IMAGES))
-        x_T, noise = held_out_noise(key, indices, module.denoiser.state_shape, candidate.nfe)
+        self._take(candidate, seed)
         # The Trainer has taken the model from its device when it was done.
-        device = self.trainer.strategy.root_device
-        denoiser = module.denoiser.to(device).for_samples(key, indices)
-        images = candidate.sampler.to(device)(denoiser, x_T.to(device), noise=noise.to(device))
-        return to_pixels(denoiser.decode(images)).nan_to_num(-1.0).cpu()
+        self.module.to(self.trainer.strategy.root_device)
+        parts = torch.arange(GRID_IMAGES).split(self.datamodule.eval_batch_size)
+        with self.trainer.precision_plugin.test_step_context():
+            images = torch.cat([self.module.samples("test", part) for part in parts])
+        return images.nan_to_num(-1.0).float().cpu()
+
+    def _take(self, candidate: Candidate, seed: int) -> None:
+        self.module.seed, self.module.sampler = seed, candidate.sampler.requires_grad_(False)
+        self.module.averaged = self.module.sampler
 
 
 def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
@@ -584,7 +591,7 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
         ValueError: a judge that does not fit, a sampler of another model, scores of another protocol in the output
             folder, or nothing to compare.
     """
-    settings.output.mkdir(parents=True, exist_ok=True)
+    _check_output(settings.output)
     judge = None if settings.judge is None else load_any(settings.judge)
     if judge is not None:
         check_judge(judge, module)
@@ -615,6 +622,25 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
             progress.update(bar, completed=sum(left[: index + 1]))
     if trainer.is_global_zero:
         _write(rows, chosen, scorer, protocol, settings)
+
+
+def _check_output(output: Path) -> None:
+    """Make the folder; refuse one with files of the names of the results that are none.
+
+    Raises:
+        ValueError: it has such a file and no scores, or cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: '{output}' cannot be made ({error.strerror}); give another one.") from error
+    results = ("table.md", "table.json", "fid.png", "judge_fid.png", "samples-*.png")
+    found = sorted(path.name for pattern in results for path in output.glob(pattern))
+    if found and not (output / "scores.json").exists():
+        raise ValueError(
+            f"--output: '{output}' holds {', '.join(found)}, which would be replaced, and no scores of a comparison to "
+            "go on with; give another folder."
+        )
 
 
 def _shown(fid: float | None) -> str:

@@ -17,18 +17,23 @@ def calls_per_step(module: DDSSModule) -> int:
     A call counts as one, with classifier-free guidance as two (`Denoiser.evaluations_per_call`), and so does a gradient
     with respect to its input; a call that is made again in the backward pass (`remat`, `microbatch_size`) is not
     counted again. For B = `batch_size` images and K steps an Adam step is B (2 K - 1) calls: the first call of a chain
-    needs no gradient, unless its start noise moves (`relax_radius`); and 2 B for each loss of the network's own
-    features (`DenoiserFeatures`) of generated images. For a Gauss-Newton step see `difference_calls`, besides
-    `residual_images` and, for the present sampler and each damping, `trial_images`.
+    needs no gradient, unless its start noise moves (`relax_radius`); and for each loss of the network's own features
+    (`DenoiserFeatures`) 2 B of generated images, and B each of minibatches of real ones and of the teacher's. For a
+    Gauss-Newton step see `difference_calls`, besides `residual_images` and, for the present sampler and each damping,
+    `trial_images`.
     """
     each = module.denoiser.evaluations_per_call
     num_steps, batch_size, method = module.sampler.num_steps, module.batch_size, module.gauss_newton
     if method is None:
         relaxed = module.teacher is not None and module.needs_teacher and module.teacher.relax_radius > 0
-        networks = [module.features] if "features" in module.loss.needs else []
-        networks += [part.features for part in module.loss.modules() if isinstance(part, InFeatures)]
-        own = sum(isinstance(network, DenoiserFeatures) for network in networks)
-        return batch_size * ((2 * num_steps - (0 if relaxed else 1)) * each + 2 * own)
+        seen = [(module.features, module.loss.needs)]
+        seen += [(part.features, part.loss.needs) for part in module.loss.modules() if isinstance(part, InFeatures)]
+        own = sum(
+            2 * ("features" in needs) + ("real" in needs) + ("target_features" in needs)
+            for network, needs in seen
+            if isinstance(network, DenoiserFeatures)
+        )
+        return batch_size * ((2 * num_steps - (0 if relaxed else 1)) * each + own)
     images = method.residual_images + (1 + len(method.dampings)) * method.trial_images
     return (difference_calls(module.sampler) * batch_size + images * num_steps) * each
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
     folder, hence on the same file system: only there is a rename one step. It is hidden and ends in `.partial`.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes on two machines can have one number, and one folder.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def made_folder(path: str | Path, name: str) -> Path:
+    """A folder that can be written to later on, made now.
+
+    Args:
+        path: of the folder.
+        name: of the option that gives it, for the message.
+
+    Raises:
+        ValueError: it is a file, or cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: '{path}' is no folder and cannot be made ({error.strerror}); give another."
+        ) from error
+    return Path(path)
 
 
 def not_here() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ class Frozen(nn.Module):
     """
 
     _is_frozen = False
+    # What the last fingerprint was computed from, and the fingerprint.
+    _known: tuple[list[tuple[Any, ...]], str] | None = None
 
     def freeze(self: FrozenT) -> FrozenT:
         """Turn off the gradients of all parameters and fix evaluation mode; returns `self`."""
@@ -35,7 +37,20 @@ class Frozen(nn.Module):
         Two modules have the same fingerprint if and only if (up to hash collisions) they hold the same numbers
         under the same names. It identifies the frozen network that a sampler or a checkpoint belongs to. Numbers in
         float64 count as those in float32 that they are rounded to: a Trainer of precision 64-true casts the network.
+
+        It is computed again when a tensor was moved, replaced or changed in place (but through `.data`, of which
+        autograd does not know): checkpoints of a network of gigabytes ask for it every time.
         """
+        tensors = [*self.parameters(), *self.buffers()]
+        state = [
+            (id(each), each.data_ptr(), 0 if each.is_inference() else each._version, each.dtype, each.shape)
+            for each in tensors
+        ]
+        if self._known is None or self._known[0] != state:
+            self._known = state, self._digest()
+        return self._known[1]
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             if isinstance(value, Tensor):

@@ -252,14 +252,21 @@ class GGDMSampler(nn.Module):
         """What the sampler is, at a glance: its anchor, what is learned, a table of its steps, and what looks wrong."""
         config, coefficients = self.config, self.coefficients().detach()
         sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items())
+        nothing = "nothing further: these numbers are fixed" if self._is_fixed else "nothing"
         lines = [
             f"GGDMSampler: {self.num_steps} network calls, {config['prediction_type']}, {config['parametrization']}",
             f"anchor: {self._anchor_name()}",
-            f"learned: {sizes or 'nothing (fixed numbers)'}",
+            f"learned: {sizes or nothing}",
             "",
             coefficients.table(),
         ]
         return "\n".join([*lines, *(f"warning: {problem}" for problem in coefficients.problems())])
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether the numbers are those of a sampler that was learned before: no class is named by their source."""
+        anchor = self.config["anchor"]
+        return isinstance(anchor, Mapping) and " " in anchor.get("class_path", "given coefficients")
 
     def _anchor_name(self) -> str:
         config = self.config
@@ -267,7 +274,7 @@ class GGDMSampler(nn.Module):
             where = "given timesteps" if config["timesteps"] else f"{config['stride']} stride"
             return f"{config['anchor']}, eta {config['eta']:g}, {where}"
         source = config["anchor"].get("class_path", "given coefficients")
-        if " " in source:  # no class: what it was learned from
+        if self._is_fixed:
             return str(source)
         options = {name: config["anchor"].get(name) for name in ("init_args", "set_timesteps", "step")}
         options["init_args"] = {k: v for k, v in (options["init_args"] or {}).items() if k != "trained_betas"}
@@ -453,8 +460,8 @@ class GGDMSampler(nn.Module):
             # Cards of older versions do not say.
             if card.get("weights_sha256") not in (None, hashlib.sha256(numbers).hexdigest()):
                 raise ValueError(
-                    f"The sampler in '{folder}' is damaged: '{WEIGHTS_NAME}' and '{CARD_NAME}' do not belong together. "
-                    "Writing was cut off between the two, or one was replaced; resume the fit, or save it again."
+                    f"'{WEIGHTS_NAME}' and '{CARD_NAME}' do not belong together. Writing was cut off between the two, "
+                    "or one was replaced; resume the fit, or save it again."
                 )
             tensors = load(numbers)
             kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
@@ -474,7 +481,8 @@ class GGDMSampler(nn.Module):
                     prediction_type=sampler.config["prediction_type"],
                     source={"class_path": f"learned from {sampler._anchor_name()}"},
                 )
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            sampler.coefficients().detach().validate()
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error
         return sampler
 

@@ -82,7 +82,8 @@ class DDSSModule(SamplingModule):
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         teacher: whose images a `TeacherLoss` compares with.
-        seed: of all noise; training, validation, test and prediction noise are kept apart.
+        seed: of all noise; training, validation, test and prediction noise are kept apart. None: 0, on the command line
+            `seed_everything`.
 
     Raises:
         ValueError: parts that do not fit together, or an argument outside its range.
@@ -109,9 +110,9 @@ class DDSSModule(SamplingModule):
         max_skipped_steps: int = 10,
         gauss_newton: GaussNewton | None = None,
         teacher: TeacherPairs | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(denoiser, sampler, features, remat, seed, features_batch_size)
+        super().__init__(denoiser, sampler, features, remat, seed or 0, features_batch_size)
         # As `load_from_checkpoint` gives them.
         gauss_newton = GaussNewton(**gauss_newton) if isinstance(gauss_newton, dict) else gauss_newton
         teacher = TeacherPairs(**teacher) if isinstance(teacher, dict) else teacher
@@ -180,16 +181,16 @@ class DDSSModule(SamplingModule):
             self._check_gradients()
 
     def _check_gradients(self) -> None:
-        """One call of each network with two images."""
-        denoiser = self.denoiser.for_samples("check", range(2))
-        state = torch.zeros(2, *denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
-        time = self.sampler.timesteps().detach()[:1].to(state).expand(2).clone().requires_grad_()
-        images = torch.zeros(2, *denoiser.image_shape).to(state).requires_grad_()
+        """One call of each network with one image."""
+        denoiser = self.denoiser.for_samples("check", [0])
+        state = torch.zeros(1, *denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
+        time = self.sampler.timesteps().detach()[:1].to(state).clone().requires_grad_()
+        images = torch.zeros(1, *denoiser.image_shape).to(state).requires_grad_()
         moved = {"state": state}
         if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
             moved["timestep (for `time` and `logsnr` in `learn`)"] = time
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
-            # A compiled one would be compiled once more, for two images.
+            # A compiled one would be compiled once more, for one image.
             if getattr(denoiser, "compile_mode", None) is None:
                 output = denoiser(state, time)
                 if output.shape != state.shape:
@@ -360,9 +361,10 @@ class DDSSModule(SamplingModule):
                 references["real"] = self.features(batch)
             if "target_features" in self.loss.needs:
                 references["target_features"] = self.features(target)
+        precision = self.trainer.precision_plugin.train_step_context
         with torch.enable_grad(), full_precision(self.device.type):
             leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
-            loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather))
+            loss: Tensor = self.loss(Samples(**leaves, **references, gather=self._gather, precision=precision))
             if loss.ndim or not loss.requires_grad:
                 raise ValueError(
                     f"{type(self.loss).__name__} must return a scalar that depends on the samples, got shape "

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ddss_lightning.denoisers.base import Denoiser
@@ -22,6 +22,8 @@ from ddss_lightning.precision import full_precision
 from ddss_lightning.remat import Remat
 
 FROZEN = ("denoiser.", "features.", "loss.")
+# Real images, from which on it is said that they are encoded.
+LARGE = 5000
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
@@ -171,9 +173,12 @@ class SamplingModule(LightningModule):
                 "Scores and losses compare with real images: give the Trainer a data module that has "
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
+        loader = datamodule.real_dataloader()
+        if len(getattr(loader, "dataset", ())) >= LARGE:
+            rank_zero_info(f"{type(features).__name__} of {len(loader.dataset)} real images, which takes a while")
         parts: list[Tensor] = []
         number, lowest, highest = 0, math.inf, -math.inf
-        for images in datamodule.real_dataloader():
+        for images in loader:
             self._check_images(images, number)
             number += len(images)
             lowest, highest = min(lowest, float(images.min())), max(highest, float(images.max()))
@@ -202,7 +207,8 @@ class SamplingModule(LightningModule):
         if tuple(images.shape[1:]) != self.denoiser.image_shape:
             raise ValueError(
                 f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
-                f"{self.denoiser.image_shape} (channels, height, width); use data of that shape."
+                f"{self.denoiser.image_shape} (channels, height, width); use data of that shape (an image folder: "
+                "image_channels and image_size)."
             )
         what = f"real images {number} to {number + len(images) - 1}"
         check_images(images, what, "clean the data set")
@@ -230,7 +236,13 @@ class SamplingModule(LightningModule):
 
     # --------------------------------------------------------------------------------------------- held-out noise
 
-    def _from_indices(self, split: str, indices: Tensor) -> Tensor:
+    def samples(self, split: str, indices: Tensor) -> Tensor:
+        """Images, pixels in [-1, 1], of the averaged sampler from the noise of a split with these indices.
+
+        Args:
+            split: `validation`, `test` or `predict`.
+            indices: integers, shape (N,).
+        """
         noisy = self.averaged.uses_noise
         draws = self.averaged.num_steps if noisy else 1
         key, samples = f"{split}/{self.seed}", indices.tolist()
@@ -239,15 +251,15 @@ class SamplingModule(LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""
-        return self._from_indices("validation", batch)
+        return self.samples("validation", batch)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images from the test noise."""
-        return self._from_indices("test", batch)
+        return self.samples("test", batch)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images from the prediction noise."""
-        return self._from_indices("predict", batch)
+        return self.samples("predict", batch)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

@@ -203,11 +203,17 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             OSError: neither is there, see diffusers' `SchedulerMixin.from_pretrained`.
-            ValueError: a damaged sampler.
+            ValueError: a damaged sampler, or no such folder.
         """
         folder = Path(str(pretrained_model_name_or_path or ""), str(subfolder or ""))
         if not (folder / cls.config_name).is_file() and (folder / SAMPLER_WEIGHTS).is_file():
             return cls._from_sampler_folder(folder)
+        # A name on the hub has one slash, and is no place in a folder that is here.
+        name = str(pretrained_model_name_or_path or "")
+        if not folder.exists() and (Path(name).parent.is_dir() or name.count("/") != 1):
+            raise ValueError(
+                f"There is no folder '{folder}', seen from '{Path.cwd()}'; give a saved or exported sampler."
+            )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
 
     @classmethod

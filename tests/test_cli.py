@@ -1,8 +1,10 @@
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import yaml
 from PIL import Image
 
 import ddss_lightning
-from ddss_lightning.callbacks import SampleQuality
+from ddss_lightning.callbacks import ImageWriter, SampleQuality
 from ddss_lightning.cli import command_line, main
+from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.module import DDSSModule
+from ddss_lightning.sampling import SamplingModule
 from tests.conftest import DDPM, ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -195,7 +199,7 @@ def error_of(capsys, arguments):
         (["--model.warmup_steps=-5"], "warmup_steps must be a number of at least 0, got -5"),
         (["--pictures.columns=0"], "columns must be at least 1, got 0"),
         (["--data.num_predict_images=-5"], "num_predict_images must be at least 1, got -5"),
-        (["--quality.dirpath={tmp_path}/typo.yaml"], "typo.yaml' is no folder; give another dirpath"),
+        (["--quality.dirpath={tmp_path}/typo.yaml"], "typo.yaml' is no folder and cannot be made"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -203,6 +207,13 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, flags, message):
     (tmp_path / "typo.yaml").write_text("loss: {class_path: ddss_lightning.KIDLos}\n")
     flags = [flag.format(tmp_path=tmp_path) for flag in flags]
     assert message in error_of(capsys, quick("fit", tmp_path, *flags))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"3", b"model: 3", b"a: [1"], ids=str)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, capsys, content):
+    (tmp_path / "r.yaml").write_bytes(content)
+    assert f"'{tmp_path / 'r.yaml'}'" in error_of(capsys, quick("fit", tmp_path, f"--config={tmp_path / 'r.yaml'}"))
+    assert f"'{tmp_path / 'r.yaml'}'" in error_of(capsys, ["compare", "-c", str(tmp_path / "r.yaml")])
 
 
 def test_a_damaged_model_is_one_clear_line(tmp_path, capsys):
@@ -336,6 +347,7 @@ def test_the_seed_of_everything_is_that_of_learning(tmp_path, capsys):
     flags = ["-c", RECIPE, *QUICK, f"--trainer.logger.save_dir={tmp_path}"]
     assert command_line([*flags, "--seed_everything=7"], run=False).model.seed == 7
     assert command_line([*flags, "--seed_everything=7", "--model.seed=3"], run=False).model.seed == 3
+    assert command_line([*flags, "--seed_everything=7", "--model.seed=0"], run=False).model.seed == 0
     assert command_line(flags, run=False).model.seed == 0
 
 
@@ -439,3 +451,109 @@ def test_a_fit_of_no_steps_keeps_nothing(tmp_path):
 def test_a_logger_that_is_left_out_makes_a_new_folder_for_each_run(tmp_path, capsys):
     error = error_of(capsys, ["fit", "-c", RECIPE, *QUICK, "--trainer.logger=null", "--ckpt_path=last"])
     assert "give a name: --trainer.logger.version=NAME" in error
+
+
+def test_ctrl_c_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
+    """Lightning ends with that of bad input."""
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddss_lightning.sampling.SamplingModule.predict_step", interrupted)
+    monkeypatch.setattr("ddss_lightning.cli.compare", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    predict = quick("predict", tmp_path, f"--images.output_dir={tmp_path / 'out'}")
+    try:
+        for command, said in (
+            (predict, "ddss: interrupted; the same command starts again with --images.overwrite=true"),
+            (["compare", "-c", RECIPE], "ddss: interrupted; the same command goes on with what is missing"),
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                main(command)
+            assert stopped.value.code == 130
+            assert said in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_a_damaged_last_checkpoint_is_told(tmp_path, capsys):
+    flags = ["--trainer.logger.version=night", "--ckpt_path=last"]
+    main(quick("fit", tmp_path, *flags))
+    path = tmp_path / "digits_5" / "night" / "checkpoints" / "last.ckpt"
+    whole = path.read_bytes()
+    for part in (b"", whole[:5000]):
+        path.write_bytes(part)
+        assert f"'{path}' is no checkpoint of a fit, or a damaged one" in error_of(
+            capsys, quick("fit", tmp_path, *flags)
+        )
+
+
+def test_a_fit_that_failed_before_it_began_does_not_hold_its_name(tmp_path, capsys):
+    """But one with results does."""
+    flags = ["--trainer.logger.version=x"]
+    failing = [*flags, "--data=ddss_lightning.ImageFolderDataModule", f"--data.root={tmp_path / 'one'}"]
+    (tmp_path / "one").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "one" / "a.png")
+    failing += ["--data.image_size=8", "--data.image_channels=1"]
+    assert "need at least two real images" in error_of(capsys, quick("fit", tmp_path, *failing))
+    folder = tmp_path / "digits_5" / "x"
+    assert (folder / "config.yaml").exists()
+    main(quick("fit", tmp_path, *flags))
+    assert "DigitsDataModule" in (folder / "config.yaml").read_text()
+    assert "holds a run" in error_of(capsys, quick("fit", tmp_path, *flags))
+
+
+def test_folders_are_made_before_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("ddss_lightning.sampling.SamplingModule.encode_real", lambda *_: pytest.fail("work"))
+    for part in ("interruption", "quality"):
+        error = error_of(capsys, quick("fit", tmp_path, f"--{part}.dirpath={tmp_path / 'file'}"))
+        assert f"{part}.dirpath: '{tmp_path / 'file'}' is no folder and cannot be made" in error
+
+
+def test_without_a_logger_a_fit_leaves_the_models_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    before = sorted((ROOT / "checkpoints").iterdir())
+    main(["fit", "-c", str(ROOT / RECIPE), *QUICK, "--trainer.logger=false"])
+    assert sorted((ROOT / "checkpoints").iterdir()) == before
+    assert (tmp_path / "runs" / "sampler" / "sampler.json").exists()
+    # A quick look writes nothing, so it may be had beside a sampler.
+    main(["fit", "-c", str(ROOT / RECIPE), *QUICK, "--trainer.logger=false", "--trainer.fast_dev_run=true"])
+
+
+def test_a_judge_is_given_as_a_folder(tmp_path):
+    judge = f"--quality.judge={ROOT / 'checkpoints' / 'digits-judge'}"
+    cli = command_line(quick("fit", tmp_path, judge))
+    assert type(cli.quality.judge).__name__ == "ResidualFeatures"
+    assert "judge_fid" in cli.quality.best
+
+
+def test_images_that_are_not_finite_are_no_files(tmp_path, capsys, monkeypatch):
+    original = SamplingModule.predict_step
+
+    def broken(self, batch, index):
+        images = original(self, batch, index)
+        return images.masked_fill((batch % 2 == 1)[:, None, None, None], torch.nan)
+
+    monkeypatch.setattr(SamplingModule, "predict_step", broken)
+    flags = [f"--images.output_dir={tmp_path / 'out'}", "--data.num_predict_images=5"]
+    assert "2 of 5 images are not finite" in error_of(capsys, quick("predict", tmp_path, *flags))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000.png", "00002.png", "00004.png", "grid.png"]
+
+
+def test_an_output_folder_in_use_is_refused_by_all_processes(tmp_path):
+    """The first one looks, all end; the others waited for it."""
+    (tmp_path / "mine.txt").write_text("precious")
+    strategy = SimpleNamespace(broadcast=lambda problem: problem or "is not empty; give another output_dir")
+    for first in (True, False):
+        with pytest.raises(ValueError, match="is not empty"):
+            ImageWriter(str(tmp_path)).setup(SimpleNamespace(strategy=strategy, is_global_zero=first), None, "predict")
+
+
+def test_fewer_images_than_processes_are_refused():
+    data = DigitsDataModule(num_predict_images=1)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1)
+    with pytest.raises(ValueError, match="There are 2 processes, but only 1 images to make"):
+        data.predict_dataloader()

@@ -263,6 +263,22 @@ def test_a_sampler_that_is_not_finite_is_a_word_in_the_table(tmp_path, denoiser,
     assert (tmp_path / "out" / "table.json").read_bytes() == before
 
 
+def test_double_precision_and_grids_in_parts(tmp_path, denoiser):
+    """The grid is made as the scores are: it failed in 64-true, after hours, and took all its images at once."""
+    sizes, original = [], DiffusersDenoiser.forward
+
+    def counted(self, x, *arguments):
+        sizes.append((len(x), x.dtype))
+        return original(self, x, *arguments)
+
+    flags = ["--steps", "2", "--solvers", "DDIM", "--trainer.precision=64-true"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersDenoiser, "forward", counted)
+        main(command(tmp_path / "out", *flags))
+    assert (tmp_path / "out" / "samples-2.png").exists()
+    assert max(sizes) == (32, torch.float64)
+
+
 def test_one_seed_that_is_not_finite_leaves_no_mean():
     row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "fid": 2.0, "kid": 1.0}
     rows = [{**row, "seed": 0}, {**row, "seed": 1, "fid": None, "kid": None, "not_finite": 3}]
@@ -468,3 +484,16 @@ def test_damaged_scores_are_told(content, tmp_path):
 def test_recipes_lie_on_top_of_each_other(tmp_path):
     recipes, settings, others = parse(["-c", "a.yaml", "--config=b.yaml", "--steps", "3", "--data.root=x"])
     assert (recipes, settings.steps, others) == (["a.yaml", "b.yaml"], [3], ["--data.root=x"])
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path, capsys):
+    (tmp_path / "table.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(command(tmp_path, "--steps", "2", "--solvers", "DDIM"))
+    assert "holds table.md, which would be replaced, and no scores of a comparison" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_text() == "mine"
+
+
+def test_what_is_named_twice_is_measured_once():
+    settings = Comparison(steps=[5, 5, 2], solvers=["DDIM", "DDIM"], seeds=[0, 0])
+    assert (settings.steps, settings.solver_names, settings.seeds) == ([5, 2], ["DDIM"], [0])

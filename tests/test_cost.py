@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 
 from ddss_lightning import (
     DDSSModule,
@@ -37,7 +38,10 @@ class Counted:
         self.calls += len(gradient)
 
 
-@pytest.mark.parametrize("kind", ["adam", "gauss-newton", "teacher", "relaxed teacher", "unused teacher"])
+KINDS = ["adam", "gauss-newton", "teacher", "relaxed teacher", "unused teacher", "own features of all"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp_path):
     options = {}
     if kind == "gauss-newton":
@@ -46,6 +50,12 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
         radius = 0.0 if kind == "teacher" else 0.1
         options["teacher"] = TeacherPairs(20, 7, chunk_size=16, relax_radius=radius, cache_dir=str(tmp_path))
         options["loss"] = KIDLoss() if kind == "unused teacher" else TeacherLoss()
+    if kind == "own features of all":
+        # Of generated, real and the teacher's images, here and in a loss with features of its own.
+        losses = {"kid": KIDLoss(real="batch"), "teacher": TeacherLoss("features")}
+        features = DenoiserFeatures(denoiser)
+        losses["again"] = InFeatures(DenoiserFeatures(denoiser), TeacherLoss("features"))
+        options["loss"] = WeightedSum(losses)
     sampler = GGDMSampler(denoiser.schedule, 4, stride="quadratic")
     module = DDSSModule(denoiser, sampler, features, batch_size=16, **options)
     before = copy.deepcopy(sampler.state_dict())
@@ -53,12 +63,15 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
     assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
     strategy = Mock(reduce_boolean_decision=lambda wish, **_: wish)
     module._trainer = SimpleNamespace(
-        world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=strategy, lr_scheduler_configs=[]
-    )
+        world_size=1, global_rank=0, global_step=0, datamodule=None, strategy=strategy, lr_scheduler_configs=[],
+        precision_plugin=Precision(),
+    )  # fmt: skip
     module.log = lambda *_args, **_kwargs: None
     module._real = features(torch.rand(200, 1, 8, 8))
+    module.encode_real = lambda network: torch.rand(200, network.num_features)
     module._real_source = None
-    counted = Counted(denoiser)
+    # Features are taken from inner layers: what every call begins with sees them all.
+    counted = Counted(denoiser.unet.conv_in if kind == "own features of all" else denoiser)
     module.on_train_start()
     assert counted.calls == of_teacher == (140 if module.needs_teacher else 0)
     module.training_step(torch.zeros(16, 1, 8, 8), 0).backward()

@@ -32,6 +32,23 @@ def test_fingerprint_is_of_the_numbers():
     assert changed.fingerprint() != Small(0).fingerprint()
 
 
+def test_it_is_not_computed_again_without_need(monkeypatch):
+    network, computed = Small(0), []
+    monkeypatch.setattr(Small, "_digest", lambda self: computed.append(1) or str(len(computed)))
+    assert [network.fingerprint(), network.fingerprint()] == ["1", "1"]
+    with torch.no_grad():
+        network.layer.bias += 1
+    assert network.fingerprint() == "2"
+    network.layer.weight = nn.Parameter(torch.zeros(2, 2))
+    assert network.fingerprint() == "3"
+    network.layer.weight.data = torch.ones(2, 2)
+    assert network.fingerprint() == "4"
+    network.load_state_dict(Small(1).state_dict())
+    assert network.fingerprint() == "5"
+    assert network.double().fingerprint() == "6"
+    assert network.fingerprint() == "6"
+
+
 def test_a_network_in_float64_is_the_same_network():
     """A Trainer of precision 64-true casts it, after a checkpoint was looked at and before the next is written."""
     assert Small(0).double().fingerprint() == Small(0).fingerprint()

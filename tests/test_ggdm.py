@@ -302,3 +302,18 @@ def test_a_damaged_card_is_told(tmp_path, schedule, content, problem):
     (tmp_path / "sampler.json").write_text(content or json.dumps(card))
     with pytest.raises(ValueError, match=f"The card '.*sampler.json' is damaged: .*{problem}"):
         read_card(tmp_path)
+
+
+def test_a_saved_sampler_with_nan_is_named(tmp_path, schedule):
+    sampler = GGDMSampler(schedule, 3)
+    sampler.save_pretrained(tmp_path / "s")
+    tensors = load_file(tmp_path / "s" / "sampler.safetensors")
+    tensors["learned.mu"][0] = float("nan")
+    save_file(tensors, tmp_path / "s" / "sampler.safetensors")
+    card = json.loads((tmp_path / "s" / "sampler.json").read_text())
+    del card["weights_sha256"]
+    (tmp_path / "s" / "sampler.json").write_text(json.dumps(card))
+    with pytest.raises(
+        ValueError, match=r"The sampler in '.*s' is damaged: mu holds numbers that are not finite, 1 of 9\."
+    ):
+        GGDMSampler.from_pretrained(tmp_path / "s")

@@ -219,6 +219,29 @@ def test_the_loss_is_computed_in_full_precision(tmp_path):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_networks_inside_losses_have_the_trainer_s_precision(tmp_path):
+    """As the module's own feature network; the loss of what they give is in float32."""
+    seen = []
+
+    class Look(RandomFeatures):
+        def forward(self, images):
+            features = super().forward(images)
+            if images.requires_grad:
+                seen.append(torch.is_autocast_enabled("cpu"))
+            return features
+
+    class Watched(KIDLoss):
+        def forward(self, samples):
+            seen.append((torch.is_autocast_enabled("cpu"), super().forward(samples).dtype))
+            return super().forward(samples)
+
+    module = make(loss=InFeatures(Look(1, 8), Watched(standardize=True)))
+    seen.clear()
+    runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, precision="bf16-mixed")
+    runner.fit(module, data(steps=1))
+    assert seen == [True, (False, torch.float32)]
+
+
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 def test_a_skipped_step_changes_nothing_but_the_schedule(tmp_path, place):
     """Sampler, running average, Adam's moments and its counter, for a bad loss with a good gradient and for NaN."""

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ddss_lightning.files import replacing
+from ddss_lightning.files import made_folder, replacing
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, stop
 
 
@@ -81,6 +81,8 @@ class Interruption(ModelCheckpoint):
         """
         if getattr(trainer, "fast_dev_run", False) or "://" in self.path:
             return
+        if self.dirpath:
+            made_folder(Path(self.path).parent, "interruption.dirpath")
         resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.path).resolve().parent
         if trainer.strategy.broadcast(not resumed and Path(self.path).exists()):
             raise ValueError(

@@ -16,7 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ddss_lightning.features import load_any
 from ddss_lightning.features.base import FeatureExtractor, finite
+from ddss_lightning.files import made_folder
 from ddss_lightning.ggdm import CARD_NAME, read_card
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.precision import full_precision
@@ -128,7 +130,7 @@ class SampleQuality(Callback):
         dirpath: where the best sampler goes; default `<log folder>/sampler`.
         overwrite: allow `dirpath` to hold a sampler already.
         precision_recall: log precision, recall, density and coverage too.
-        judge: a feature network that takes no part in learning; None for no second opinion.
+        judge: a feature network that takes no part in learning, or the folder of one; None for no second opinion.
         fid_only: compute FID and nothing else, to choose among many samplers.
 
     Raises:
@@ -142,7 +144,7 @@ class SampleQuality(Callback):
         dirpath: str | None = None,
         overwrite: bool = False,
         precision_recall: bool = False,
-        judge: FeatureExtractor | None = None,
+        judge: FeatureExtractor | str | None = None,
         fid_only: bool = False,
         tolerance: float = 0.0,
     ) -> None:
@@ -156,7 +158,9 @@ class SampleQuality(Callback):
         # Allow the run's folder to hold the sampler that it starts from: it was cut off before its first checkpoint.
         self.overwrite_start = False
         self.precision_recall, self.fid_only = precision_recall, fid_only
-        self.judge = None if judge is None else judge.freeze()
+        self.judge = load_any(judge) if isinstance(judge, (str, Path)) else judge
+        if self.judge is not None:
+            self.judge.freeze()
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
@@ -188,9 +192,11 @@ class SampleQuality(Callback):
         Raises:
             ValueError: the folder holds a sampler already, or is a file.
         """
+        if getattr(trainer, "fast_dev_run", False):
+            return
         folder = self.folder(trainer)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"'{folder}' is no folder; give another dirpath for the best sampler.")
+        if self.dirpath:
+            made_folder(folder, "quality.dirpath")
         if self.overwrite or trainer.ckpt_path is not None:
             return
         cut_off = self.overwrite_start and self.dirpath is None
@@ -224,7 +230,11 @@ class SampleQuality(Callback):
         counts = trainer.strategy.reduce(counts, reduce_op="sum")
         self.num_images, self.num_not_finite = counts.tolist()
         if not self.num_not_finite:
-            self.scores = {name: value for space in self._spaces for name, value in space.compute().items()}
+            scores = {name: value for space in self._spaces for name, value in space.compute().items()}
+            for space in self._spaces:
+                space.metrics.reset()  # the samples of all processes are a lot to hold until the next time
+            # Unlike devices round differently, and all processes must keep the same sampler.
+            self.scores = trainer.strategy.broadcast(scores)
             return self.scores
         # All processes know it from the sum, and none waits for the samples of the others.
         self.scores = dict.fromkeys((name for space in self._spaces for name in space.names), math.nan)
@@ -255,6 +265,12 @@ class SampleQuality(Callback):
         self.initial = self._score(trainer, pl_module, NOTHING_LEARNED)
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the last sampler of a fit that ends here, before the last checkpoint is written, which then has it."""
+        limits = ((trainer.max_steps, trainer.global_step), (trainer.max_epochs, trainer.current_epoch + 1))
+        if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for limit, reached in limits):
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the last sampler, if steps were taken since the last validation: `max_steps` may end an epoch early."""

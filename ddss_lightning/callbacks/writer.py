@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ddss_lightning.features.base import finite
 from ddss_lightning.images import to_uint8
 from ddss_lightning.pictures import image_grid, save_png
 
@@ -34,23 +35,36 @@ class ImageWriter(Callback):
                 raise ValueError(f"images.{name} must be at least 1, got {value}.")
         self.output_dir, self.columns, self.scale, self.overwrite = output_dir, columns, scale, overwrite
         self._grid: list[Tensor] = []
-        self._written = 0
+        self._written = self._not_finite = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Make the folder, or refuse one that is in use, before any work starts."""
-        self._grid, self._written = [], 0
-        if stage != "predict" or not trainer.is_global_zero:
+        """Make the folder, or refuse one that is in use, before any work starts.
+
+        Raises:
+            ValueError: on all processes: a folder that is in use, or a file.
+        """
+        self._grid, self._written, self._not_finite = [], 0, 0
+        if stage != "predict":
             return
         folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"The output folder '{folder}' is a file; give another output_dir.")
-        if folder.exists() and any(folder.iterdir()) and not self.overwrite:
-            raise ValueError(f"The output folder '{folder}' is not empty; give another output_dir or overwrite=True.")
+        # The first process looks; the others would find what it has made, or wait for it.
+        problem = trainer.strategy.broadcast(self._problem(folder) if trainer.is_global_zero else "")
+        if problem:
+            raise ValueError(f"The output folder '{folder}' {problem}.")
+        if not trainer.is_global_zero:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         # Images of another sampler between those of this one would be taken for its own.
         for path in folder.iterdir():
             if re.fullmatch(r"\d{5,}\.png", path.name):
                 path.unlink()
+
+    def _problem(self, folder: Path) -> str:
+        if folder.exists() and not folder.is_dir():
+            return "is a file; give another output_dir"
+        if folder.exists() and any(folder.iterdir()) and not self.overwrite:
+            return "is not empty; give another output_dir or overwrite=True"
+        return ""
 
     def on_predict_batch_end(  # noqa: D102 - Lightning's hook
         self,
@@ -61,16 +75,27 @@ class ImageWriter(Callback):
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        for index, image in zip(batch.tolist(), outputs, strict=True):
+        good = finite(outputs)
+        self._not_finite += int((~good).sum())
+        for index, image in zip(batch[good].tolist(), outputs[good], strict=True):
             save_png(to_uint8(image).cpu(), Path(self.output_dir) / f"{index:05d}.png")
         missing = self.columns**2 - sum(len(images) for images in self._grid)
-        self._grid.append(outputs[: max(0, missing)].cpu())
-        self._written += len(outputs)
+        self._grid.append(outputs[good][: max(0, missing)].cpu())
+        self._written += int(good.sum())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The grid of the first images of the first process, and where everything is."""
-        written = torch.tensor(self._written, device=pl_module.device)
-        total = int(trainer.strategy.reduce(written, reduce_op="sum"))
-        if trainer.is_global_zero and self._grid:
+        """The grid of the first images of the first process, and where everything is.
+
+        Raises:
+            ValueError: images that are not finite, of which no file is written.
+        """
+        written = torch.tensor([self._written, self._not_finite], device=pl_module.device)
+        total, not_finite = trainer.strategy.reduce(written, reduce_op="sum").tolist()
+        if trainer.is_global_zero and any(len(images) for images in self._grid):
             save_png(image_grid(torch.cat(self._grid), self.columns, self.scale), Path(self.output_dir, "grid.png"))
             rank_zero_info(f"{total} images and grid.png are in '{self.output_dir}'")
+        if not_finite:
+            raise ValueError(
+                f"{not_finite} of {total + not_finite} images are not finite, and were not written; look at the "
+                "sampler with `ddss inspect` for states that grow out of scale."
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddss_lightning.data.base import ImageDataModule
-from ddss_lightning.files import default_cache_dir
+from ddss_lightning.files import default_cache_dir, replacing
 from ddss_lightning.glyphs import FACES, RECIPE, Split, draw_scene, font_file, render
 
 NUM_IMAGES = {"train": 50_000, "held_out": 10_000}
@@ -87,12 +86,8 @@ def load_glyphs(
     if not path.is_file():
         arrays = render_split(split, size, num_images)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             save_file(arrays._asdict(), partial, metadata=key)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     try:
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}

@@ -13,8 +13,14 @@ from ddss_lightning.features.base import FeatureExtractor
 EPSILON = 1e-4
 
 
+def _reflected(x: Tensor) -> Tensor:
+    """With the second pixels from each edge beside it: `reflect`, whose gradient on a GPU is not always the same."""
+    x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], 2)
+    return torch.cat([x[..., 1:2], x, x[..., -2:-1]], 3)
+
+
 def _random_convolution(inputs: int, outputs: int, generator: torch.Generator) -> nn.Conv2d:
-    layer = nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="reflect")
+    layer = nn.Conv2d(inputs, outputs, 3)
     weight, bias = torch.randn(outputs, inputs, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
     layer.weight, layer.bias = nn.Parameter(weight * math.sqrt(2 / (9 * inputs))), nn.Parameter(bias)
     return layer
@@ -75,7 +81,7 @@ class RandomFeatures(FeatureExtractor):
         self.check_input(images)
         features, x = [], images
         for layer in self.layers:
-            x = nn.functional.silu(layer(x))
+            x = nn.functional.silu(layer(_reflected(x)))
             features += [x.mean((2, 3)), (x.var((2, 3), correction=0) + EPSILON).sqrt()]
             x = nn.functional.avg_pool2d(x, 2) if layer is not self.layers[-1] else x
         return torch.cat(features, 1)

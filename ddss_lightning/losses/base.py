@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class Samples:
         gather: values of this process, shape (n, ...), to those of all W processes, shape (W n, ...). Its gradient by
             the own values is W times what it would be in one process, because DDP takes the mean of the gradients; so
             a loss of gathered values and a mean over own ones can be added.
+        precision: the context in which networks are called, the Trainer's autocast; all else is in full precision.
     """
 
     features: Tensor | None = None
@@ -36,6 +39,7 @@ class Samples:
     target: Tensor | None = None
     target_features: Tensor | None = None
     gather: Callable[[Tensor], Tensor] = _own
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __getitem__(self, name: str) -> Tensor:
         """What `name` is.

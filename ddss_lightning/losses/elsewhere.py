@@ -61,9 +61,11 @@ class InFeatures(SampleLoss):
         Raises:
             ValueError: no images, or none of the teacher, where it is compared with one.
         """
-        inner = Samples(features=self._encoded(samples["images"]), gather=samples.gather)
-        if "target" in self.needs:
-            inner.target_features = self._encoded(samples["target"])
+        inner = Samples(gather=samples.gather, precision=samples.precision)
+        with samples.precision():
+            inner.features = self._encoded(samples["images"])
+            if "target" in self.needs:
+                inner.target_features = self._encoded(samples["target"])
         value: Tensor = self.loss(inner)
         self.terms = self.loss.terms
         return value

@@ -133,8 +133,9 @@ class KIDLoss(SampleLoss):
         else:
             self.shift, self.scale = real.new_zeros(1), real.new_full((1,), rms)
         scaled = self._scaled(real)
-        self.real_term = float(mean_within(scaled, self.kernel))
-        self.bank = scaled.float() if self.real == "bank" else torch.empty(0)
+        # Minibatches of real features bring a term of their own.
+        if self.real == "bank":
+            self.real_term, self.bank = float(mean_within(scaled, self.kernel)), scaled.float()
 
     def forward(self, samples: Samples) -> Tensor:
         """KID of `samples.features` against the bank, or against `samples.real`.

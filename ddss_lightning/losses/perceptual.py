@@ -47,7 +47,8 @@ class PerceptualDistance(Frozen):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances, shape (N,), of images in [-1, 1], shapes (N, 1 or 3, H, W)."""
         distances: Tensor = self.network(self._fitting(x), self._fitting(y))
-        return distances.flatten()
+        # Under autocast in half precision, in which means are too coarse.
+        return distances.flatten().to(torch.promote_types(distances.dtype, torch.float32))
 
     def _fitting(self, images: Tensor) -> Tensor:
         images = images.to(next(self.network.parameters()).dtype)

@@ -70,7 +70,9 @@ class TeacherLoss(SampleLoss):
         """
         made, target = (samples[name] for name in NEEDS[self.distance])
         if self.perceptual is not None:
-            return self._perceptual(made, target)
+            with samples.precision():
+                return self._perceptual(made, target)
+        made = made.to(torch.promote_types(made.dtype, torch.float32))
         difference = made - target.to(made.dtype)
         return (difference / (self.scale if self.distance == "features" else 1.0)).square().mean()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddss_lightning.features import FeatureExtractor
+from ddss_lightning.files import replacing
 from ddss_lightning.metrics.base import check_real
 
 
@@ -97,14 +96,8 @@ class ReferenceStatistics:
         if self.num is not None:
             arrays["num"] = np.asarray(self.num)
         arrays["metadata"] = np.asarray(json.dumps(self.metadata, sort_keys=True))
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:

@@ -182,6 +182,24 @@ def test_the_last_steps_are_scored_and_the_sampler_is_where_it_is_said_to_be(tmp
     assert (tmp_path / "other" / "sampler.json").exists()
 
 
+def test_a_finished_fit_that_is_resumed_has_its_last_score(tmp_path):
+    """It was scored after the last checkpoint: resumed, the fit ended with the sampler before."""
+
+    def part(fids):
+        return [Scripted(fids, dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+
+    first, again = part([10, 9, 8]), part([])
+    runner, module = trainer(tmp_path, -1, callbacks=first, max_steps=3), make()
+    runner.fit(module, data())
+    assert (first[0].best_step, first[0].best["fid"]) == (3, 8)
+    resumed = make()
+    trainer(tmp_path, -1, callbacks=again, max_steps=3).fit(resumed, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert (again[0].best_step, again[0].best["fid"]) == (3, 8)
+    for name, value in module.sampler.state_dict().items():
+        assert torch.equal(value, resumed.sampler.state_dict()[name])
+    assert module.sampler.state_dict()
+
+
 def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):
     """Four steps an epoch, a validation after each second one, a minute a step, a checkpoint every minute."""
     saved, validated = [], []
