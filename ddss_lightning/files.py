@@ -26,23 +26,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def made_folder(path: str | Path, name: str) -> Path:
-    """A folder that can be written to later on, made now.
-
-    Args:
-        path: of the folder.
-        name: of the option that gives it, for the message.
-
-    Raises:
-        ValueError: it is a file, or cannot be made.
-    """
+def why_no_folder(path: str | Path) -> str:
+    """Why files cannot be put into a folder that need not be there yet; empty if they can. It leaves nothing."""
+    path = Path(path)
+    missing = [each for each in (path, *path.parents) if not each.exists()]
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"{name}: '{path}' is no folder and cannot be made ({error.strerror}); give another."
-        ) from error
-    return Path(path)
+        return f"'{path}' is no folder and cannot be made ({error.strerror}); give another"
+    for each in missing:
+        each.rmdir()
+    return ""
 
 
 def not_here() -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from ddss_lightning.files import replacing
+from ddss_lightning.files import replacing, why_no_folder
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -15,3 +15,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         partial.write_text("new")
     assert path.read_text() == "new"
     assert [each.name for each in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_folder_that_can_be_made_is_not_left_behind(tmp_path):
+    assert not why_no_folder(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        assert "is no folder and cannot be made" in why_no_folder(path)
+    assert not why_no_folder(tmp_path)

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ddss_lightning.files import made_folder, replacing
+from ddss_lightning.files import replacing, why_no_folder
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, stop
 
 
@@ -81,8 +81,9 @@ class Interruption(ModelCheckpoint):
         """
         if getattr(trainer, "fast_dev_run", False) or "://" in self.path:
             return
-        if self.dirpath:
-            made_folder(Path(self.path).parent, "interruption.dirpath")
+        problem = why_no_folder(Path(self.path).parent) if self.dirpath and trainer.is_global_zero else ""
+        if problem := trainer.strategy.broadcast(problem):
+            raise ValueError(f"interruption.dirpath: {problem}.")
         resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.path).resolve().parent
         if trainer.strategy.broadcast(not resumed and Path(self.path).exists()):
             raise ValueError(

@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 
 from ddss_lightning.features import load_any
 from ddss_lightning.features.base import FeatureExtractor, finite
-from ddss_lightning.files import made_folder
+from ddss_lightning.files import why_no_folder
 from ddss_lightning.ggdm import CARD_NAME, read_card
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.precision import full_precision
@@ -195,8 +195,9 @@ class SampleQuality(Callback):
         if getattr(trainer, "fast_dev_run", False):
             return
         folder = self.folder(trainer)
-        if self.dirpath:
-            made_folder(folder, "quality.dirpath")
+        problem = why_no_folder(folder) if self.dirpath and trainer.is_global_zero else ""
+        if problem := trainer.strategy.broadcast(problem):
+            raise ValueError(f"quality.dirpath: {problem}.")
         if self.overwrite or trainer.ckpt_path is not None:
             return
         cut_off = self.overwrite_start and self.dirpath is None
