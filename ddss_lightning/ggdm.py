@@ -252,7 +252,7 @@ class GGDMSampler(nn.Module):
         """What the sampler is, at a glance: its anchor, what is learned, a table of its steps, and what looks wrong."""
         config, coefficients = self.config, self.coefficients().detach()
         sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items())
-        nothing = "nothing further: these numbers are fixed" if self._is_fixed else "nothing"
+        nothing = f"nothing{' further' * self._is_fixed} (fixed numbers)"
         lines = [
             f"GGDMSampler: {self.num_steps} network calls, {config['prediction_type']}, {config['parametrization']}",
             f"anchor: {self._anchor_name()}",
