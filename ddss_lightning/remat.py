@@ -130,7 +130,8 @@ def measured_call(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, timest
     when this returns.
 
     Args:
-        network: a module, whose weights are not counted, or any function, whose weights cannot be told.
+        network: a module, whose weights are not counted, or any function, whose weights cannot be told. Under autocast
+            every call that is kept holds its own copy of the weights in half precision, which is counted.
         x: a state, which the chain keeps, shape (N, C, H, W).
         timestep: shape (N,).
 
