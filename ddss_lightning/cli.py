@@ -67,6 +67,9 @@ class SaveConfig(SaveConfigCallback):
     without a logger has no folder of its own, and its recipe is not kept.
     """
 
+    # What this run wrote, before it began.
+    written: Path | None = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the recipe, unless a checkpoint might be refused.
 
@@ -78,25 +81,25 @@ class SaveConfig(SaveConfigCallback):
         checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
         if checkpoint and folder:
             self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
-        there = folder is not None and Path(folder, self.config_filename).exists()
-        # A fit that failed before its first score had nothing to lose.
-        self.overwrite |= there and stage == "fit" and not _holds_results(Path(str(folder)))
-        held = there and not self.overwrite
+        held = folder is not None and not self.overwrite and Path(folder, self.config_filename).exists()
         # All processes stop, or none.
         if trainer.strategy.broadcast(held):
             go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
             raise ValueError(f"'{folder}' holds a run; {go_on}give another --trainer.logger.version.")
         if not self.overwrite or stage != "fit":
             super().setup(trainer, pl_module, stage)
+            self.written = Path(folder, self.config_filename) if folder and trainer.is_global_zero else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the recipe of a run that goes on."""
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
 
-
-def _holds_results(folder: Path) -> bool:
-    return any(any((folder / name).glob("*")) for name in ("checkpoints", "sampler", "pictures"))
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """A fit that fails before its first score had nothing to lose: its name is free again."""
+        scored = any(each.initial for each in trainer.callbacks if isinstance(each, SampleQuality))  # type: ignore[attr-defined]
+        if self.written is not None and trainer.state.fn == "fit" and not trainer.global_step and not scored:
+            self.written.unlink(missing_ok=True)
 
 
 class DDSSCommandLine(LightningCLI):
@@ -142,6 +145,8 @@ class DDSSCommandLine(LightningCLI):
         seed, model = self._get(self.config, "seed_everything"), self._get(self.config, "model")
         if type(seed) is int and hasattr(model, "get") and model.get("seed") is None:
             model["seed"] = seed
+        elif type(seed) is int and seed and hasattr(model, "get") and model.get("seed") != seed:
+            rank_zero_info(f"noise of seed {model.get('seed')} (model.seed), not of {seed} (seed_everything)")
 
     def instantiate_classes(self) -> None:
         """Make the recipe's objects; a saved sampler takes the place of the recipe's.
@@ -250,7 +255,9 @@ def _check_recipes(args: list[str]) -> None:
     files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
     for file in [*files, *(arg.partition("=")[2] for arg in args if arg.startswith("--config="))]:
         try:
-            content = yaml.safe_load(Path(file).read_text()) if Path(file).is_file() else {"": {}}
+            content = yaml.safe_load(Path(file).read_text())
+        except OSError:  # what the parser tells, or a recipe that is given as it is
+            continue
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"'{file}' is no recipe: {error}") from error
         if not isinstance(content, dict):

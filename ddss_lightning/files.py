@@ -27,15 +27,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def why_no_folder(path: str | Path) -> str:
-    """Why files cannot be put into a folder that need not be there yet; empty if they can. It leaves nothing."""
+    """Why files cannot be put into a folder that need not be there yet; empty if they can. Nothing is made."""
     path = Path(path)
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"'{path}' is no folder and cannot be made ({error.strerror}); give another"
-    for each in missing:
-        each.rmdir()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        return f"'{path}' is no folder, for '{there}' is a file; give another"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"'{path}' cannot be written to, for you may not write to '{there}'; give another"
     return ""
 
 

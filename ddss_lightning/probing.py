@@ -170,7 +170,7 @@ def probe(
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     if is_learned(scheduler):
-        return _own_numbers(scheduler, num_steps, set_timesteps)
+        return _own_numbers(scheduler, num_steps, set_timesteps, step)
     rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
     coefficients = _solve(rows, timesteps, scheduler)
     _verify(coefficients, scheduler, num_steps, set_timesteps, step)
@@ -351,9 +351,16 @@ def is_learned(scheduler: Any) -> bool:  # noqa: ANN401
     return all(name in scheduler.config for name in NUMBERS)
 
 
-def _own_numbers(scheduler: Any, num_steps: int, set_timesteps: Mapping[str, Any]) -> Coefficients:  # noqa: ANN401
+def _own_numbers(
+    scheduler: Any,  # noqa: ANN401
+    num_steps: int,
+    set_timesteps: Mapping[str, Any],
+    step: Mapping[str, Any],
+) -> Coefficients:
     """Those that a `GGDMScheduler` was made from, with their own pair: learned, it is not that of Theorem 1."""
     _count_calls(scheduler, num_steps, set_timesteps)  # refuses another number
+    if any(step.values()):
+        raise ValueError(f"A learned sampler has neither eta nor other options of `step`, got {dict(step)}.")
     given = {name: scheduler.config[name] for name in NUMBERS if scheduler.config[name] is not None}
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in given.items()}
     prior = torch.stack(NoiseSchedule.from_scheduler(scheduler).alpha_sigma(numbers["timesteps"][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -119,11 +120,13 @@ class SamplingModule(LightningModule):
     def _compare_settings(self, pretrained_path: str | Path, theirs: dict[str, Any] | None) -> None:
         ours = self.denoiser.settings()
         # Cards of older versions say nothing of them.
-        changed = [name for name in {**(theirs or {}), **ours} if (theirs or ours).get(name) != ours.get(name)]
+        if theirs is None:
+            return
+        changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if changed:
             rank_zero_warn(
                 f"The sampler in '{pretrained_path}' was learned with other settings of the model: "
-                + ", ".join(f"{name} {(theirs or {}).get(name)}, now {ours.get(name)}" for name in changed)
+                + ", ".join(f"{name} {theirs.get(name)}, now {ours.get(name)}" for name in changed)
                 + ". It is used as it is; a sampler is best with those that it was learned with."
             )
 
@@ -174,8 +177,9 @@ class SamplingModule(LightningModule):
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
         loader = datamodule.real_dataloader()
-        if len(getattr(loader, "dataset", ())) >= LARGE:
-            rank_zero_info(f"{type(features).__name__} of {len(loader.dataset)} real images, which takes a while")
+        with contextlib.suppress(TypeError):  # a data set without a length
+            if len(getattr(loader, "dataset", ())) >= LARGE:
+                rank_zero_info(f"{type(features).__name__} of {len(loader.dataset)} real images, which takes a while")
         parts: list[Tensor] = []
         number, lowest, highest = 0, math.inf, -math.inf
         for images in loader:

@@ -122,6 +122,8 @@ class TeacherPairs:
             )
         settings = denoiser.settings()
         identity = denoiser.fingerprint()
+        if settings.get("guidance_scale") is not None:
+            settings = {**settings, "order of conditions": 2}
         if settings:
             identity = f"{identity}-{_digest(settings)}"
         return {

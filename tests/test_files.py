@@ -17,10 +17,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_a_folder_that_can_be_made_is_not_left_behind(tmp_path):
+def test_folders_that_can_be_written_to(tmp_path, monkeypatch):
     assert not why_no_folder(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "a"):
-        assert "is no folder and cannot be made" in why_no_folder(path)
+        assert why_no_folder(path) == f"'{path}' is no folder, for '{tmp_path / 'file'}' is a file; give another"
     assert not why_no_folder(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert f"you may not write to '{tmp_path}'" in why_no_folder(tmp_path / "a")

@@ -159,6 +159,8 @@ def test_a_learned_scheduler_is_imported_as_the_sampler_that_it_was(name):
     assert not [line for line in table if "warning" in line]
     with pytest.raises(ValueError, match="got num_inference_steps=7"):
         GGDMSampler.from_scheduler(scheduler, 7)
+    with pytest.raises(ValueError, match="A learned sampler has neither eta nor"):
+        GGDMSampler.from_scheduler(scheduler, sampler.num_steps, step={"eta": 1.0})
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 20])

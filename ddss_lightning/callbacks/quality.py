@@ -263,7 +263,7 @@ class SampleQuality(Callback):
         self._check_protocol(trainer, pl_module)
         if self.initial:
             return
-        self.initial = self._score(trainer, pl_module, NOTHING_LEARNED)
+        self.initial = self._score(trainer, pl_module, NOTHING_LEARNED) or {}
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
 
@@ -271,14 +271,17 @@ class SampleQuality(Callback):
         """Score the last sampler of a fit that ends here, before the last checkpoint is written, which then has it."""
         limits = ((trainer.max_steps, trainer.global_step), (trainer.max_epochs, trainer.current_epoch + 1))
         if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for limit, reached in limits):
-            self.on_train_end(trainer, pl_module)
+            self._score_last(trainer, pl_module, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the last sampler, if steps were taken since the last validation: `max_steps` may end an epoch early."""
-        assert isinstance(pl_module, SamplingModule)
-        if self.initial and self._scored_step < trainer.global_step and self._validates(trainer):
-            self._score(trainer, pl_module, "the last steps are not scored")
-            self._select(trainer, pl_module)
+        self._score_last(trainer, pl_module, "the last steps are not scored")
+
+    def _score_last(self, trainer: Trainer, module: LightningModule, if_told_to_stop: str | None) -> None:
+        assert isinstance(module, SamplingModule)
+        unscored = self.initial and self._scored_step < trainer.global_step and self._validates(trainer)
+        if unscored and self._score(trainer, module, if_told_to_stop) is not None:
+            self._select(trainer, module)
 
     @staticmethod
     def _validates(trainer: Trainer) -> bool:
@@ -305,8 +308,12 @@ class SampleQuality(Callback):
             )
 
     @torch.no_grad()
-    def _score(self, trainer: Trainer, module: SamplingModule, if_told_to_stop: str) -> dict[str, float]:
-        """Scores of the sampler as it is, outside the Trainer's own validation."""
+    def _score(self, trainer: Trainer, module: SamplingModule, if_told_to_stop: str | None) -> dict[str, float] | None:
+        """Scores of the sampler as it is, outside the Trainer's own validation.
+
+        SIGTERM ends the process, with these last words; without any there are no scores, and the signal goes to whoever
+        saves the checkpoint, and then stops.
+        """
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         limit, batches = trainer.limit_val_batches, datamodule.val_dataloader()
         count = limit if isinstance(limit, int) else round(limit * len(batches))
@@ -320,7 +327,11 @@ class SampleQuality(Callback):
                 self._update(images, batch)
         # Before the scores, for which all processes wait for each other.
         if agreed(trainer, bool(received)):
-            stop(trainer, signal.SIGTERM, if_told_to_stop)
+            if if_told_to_stop is not None:
+                stop(trainer, signal.SIGTERM, if_told_to_stop)
+            if received:
+                signal.raise_signal(signal.SIGTERM)
+            return None
         return self._compute(trainer)
 
     # ---------------------------------------------------------------------------------------------- validation

@@ -316,10 +316,10 @@ def _type_of(rows: Tensor, x_t: Tensor) -> torch.dtype:
     return x_t.dtype if rows.is_floating_point() else rows.dtype
 
 
-def _latent_moments(config: Any) -> tuple[list[float], list[float]] | None:  # noqa: ANN401
+def _latent_moments(config: Any) -> list[list[float]] | None:  # noqa: ANN401
     """Mean and standard deviation of the latents by channel, of a decoder that has both, as in diffusers' SDXL."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    return None if mean is None or std is None else (list(mean), list(std))
+    return None if mean is None or std is None else [list(mean), list(std)]
 
 
 def check_mode(compile_mode: str | None) -> None:

@@ -200,6 +200,24 @@ def test_a_finished_fit_that_is_resumed_has_its_last_score(tmp_path):
     assert module.sampler.state_dict()
 
 
+def test_told_to_stop_while_the_last_sampler_is_scored(tmp_path):
+    """The last steps are in the checkpoint."""
+
+    class Told(SampleQuality):
+        def _update(self, images, indices):
+            if self.initial and images is not None and self._scored_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._update(images, indices)
+
+    callbacks = [Told(dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+    runner, module = trainer(tmp_path, -1, callbacks=callbacks, max_steps=3), make()
+    with pytest.raises(SystemExit) as ended:
+        runner.fit(module, data())
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
+    assert callbacks[0].best_step < 3
+
+
 def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):
     """Four steps an epoch, a validation after each second one, a minute a step, a checkpoint every minute."""
     saved, validated = [], []

@@ -211,7 +211,10 @@ def test_decoders_with_moments_of_their_latents(tmp_path):
         ours = (denoiser.decode(last) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         assert torch.equal(denoiser.decode_in_parts(last, 1), torch.cat([denoiser.decode(each[None]) for each in last]))
     torch.testing.assert_close(ours, torch.from_numpy(images), rtol=1e-4, atol=1e-4)
-    assert denoiser.settings()["latents"] == ([0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0])
+    # As a card has it again.
+    settings = json.loads(json.dumps(denoiser.settings()))
+    assert settings == denoiser.settings()
+    assert settings["latents"] == [[0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]]
     assert "latents" not in TextDenoiser(unet, schedule, shown, negative, vae=tiny_vae()).settings()
 
 
