@@ -200,20 +200,22 @@ def test_a_finished_fit_that_is_resumed_has_its_last_score(tmp_path):
     assert module.sampler.state_dict()
 
 
-def test_told_to_stop_while_the_last_sampler_is_scored(tmp_path):
-    """The last steps are in the checkpoint."""
+def test_told_to_stop_while_the_last_sampler_is_scored(tmp_path, caplog):
+    """Once; the last steps are in the checkpoint, and a line says where it is."""
+    told = []
 
     class Told(SampleQuality):
         def _update(self, images, indices):
-            if self.initial and images is not None and self._scored_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self._scored_step == 2 and not told:
+                told.append(os.kill(os.getpid(), signal.SIGTERM))
             super()._update(images, indices)
 
     callbacks = [Told(dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
     runner, module = trainer(tmp_path, -1, callbacks=callbacks, max_steps=3), make()
-    with pytest.raises(SystemExit) as ended:
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as ended:
         runner.fit(module, data())
     assert ended.value.code == 128 + signal.SIGTERM
+    assert f"SIGTERM after step 3: saved '{tmp_path / 'last.ckpt'}'" in caplog.text
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
     assert callbacks[0].best_step < 3
 
