@@ -555,5 +555,5 @@ def test_an_output_folder_in_use_is_refused_by_all_processes(tmp_path):
 def test_fewer_images_than_processes_are_refused():
     data = DigitsDataModule(num_predict_images=1)
     data.trainer = SimpleNamespace(world_size=2, global_rank=1)
-    with pytest.raises(ValueError, match="There are 2 processes, but only 1 images to make"):
+    with pytest.raises(ValueError, match="1 images are too few for 2 processes"):
         data.predict_dataloader()

@@ -168,7 +168,9 @@ class ImageDataModule(LightningDataModule, ABC):
         world_size, rank = self._processes()
         if num < world_size:
             # A process without any would leave the loop, in which the others wait for it.
-            raise ValueError(f"There are {world_size} processes, but only {num} images to make; use fewer, or more.")
+            raise ValueError(
+                f"{num} images are too few for {world_size} processes; make more images, or use fewer processes."
+            )
         indices = Indices(num)
         sampler = ShardSampler(indices, num_replicas=world_size, rank=rank, shuffle=False)
         return DataLoader(indices, batch_size=self.eval_batch_size, sampler=sampler)
