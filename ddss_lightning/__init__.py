@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RandomFeatures,
         ResidualFeatures,
     )
+    from ddss_lightning.full_matrix_adam import FullMatrixAdam
     from ddss_lightning.gauss_newton import GaussNewton
     from ddss_lightning.ggdm import GGDMSampler
     from ddss_lightning.losses import FrechetLoss, InFeatures, KIDLoss, SampleLoss, TeacherLoss, WeightedSum
@@ -55,6 +56,7 @@ _ROOMS = {
         "RandomFeatures",
         "ResidualFeatures",
     ),
+    "full_matrix_adam": ("FullMatrixAdam",),
     "gauss_newton": ("GaussNewton",),
     "ggdm": ("GGDMSampler",),
     "losses": ("FrechetLoss", "InFeatures", "KIDLoss", "SampleLoss", "TeacherLoss", "WeightedSum"),
@@ -85,6 +87,7 @@ __all__ = [
     "FeatureExtractor",
     "FrechetDistance",
     "FrechetLoss",
+    "FullMatrixAdam",
     "GGDMSampler",
     "GGDMScheduler",
     "GaussNewton",

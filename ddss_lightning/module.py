@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.frozen import check_gradient
+from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
@@ -49,8 +50,8 @@ class DDSSModule(SamplingModule):
     which is the same gradient on the memory of a part, for one more pass without gradient.
 
     With `gauss_newton`, a training step is instead one Gauss-Newton step on the Frechet distance of the same features,
-    with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`, the
-    schedule and clipping then play no part; `ema_decay` does, and is best 0 for a handful of steps.
+    with derivatives by differences; `batch_size` images per difference. `loss`, the learning rates, `betas`,
+    `full_matrix`, the schedule and clipping then play no part; `ema_decay` does, and is best 0 for a handful of steps.
 
     Where the loss compares with a teacher, a step takes its x_T from the teacher's pairs, which are made when training
     starts; noise that the sampler adds is drawn as ever.
@@ -66,6 +67,8 @@ class DDSSModule(SamplingModule):
         lr: learning rate of the corrections (`mu`, `nu`, `std`, `pred`).
         time_lr: learning rate of `time` and `logsnr`.
         betas: of Adam.
+        full_matrix: Adam with the whole matrix of second moments, see `FullMatrixAdam`; it takes learning rates of four
+            to eight times those of Adam.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
         gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
@@ -99,6 +102,7 @@ class DDSSModule(SamplingModule):
         lr: float = 3e-3,
         time_lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.99),
+        full_matrix: bool = False,
         warmup_steps: int = 10,
         final_lr_fraction: float = 0.03,
         gradient_clip_norm: float = 1.0,
@@ -151,7 +155,7 @@ class DDSSModule(SamplingModule):
         self.batch_size = batch_size
         self.microbatch_size = microbatch_size
         self.gather_features = gather_features
-        self.lr, self.time_lr, self.betas = lr, time_lr, betas
+        self.lr, self.time_lr, self.betas, self.full_matrix = lr, time_lr, betas, full_matrix
         self.warmup_steps, self.final_lr_fraction, self.ema_decay = warmup_steps, final_lr_fraction, ema_decay
         self.gradient_clip_norm = gradient_clip_norm
         self.max_skipped_steps = max_skipped_steps
@@ -523,7 +527,7 @@ class DDSSModule(SamplingModule):
                 mean.lerp_(value, 1 - decay)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union of a dozen types
-        """Adam with one group for times and one for corrections; linear warm-up, cosine decay. Or Gauss-Newton."""
+        """Adam, one group for times and one for corrections; linear warm-up, cosine decay. Or Gauss-Newton."""
         named = list(self.sampler.corrections.items())
         groups = [
             {"params": [p for name, p in named if (name in TIME_DEGREES) == times], "lr": lr, "name": label}
@@ -535,7 +539,7 @@ class DDSSModule(SamplingModule):
             raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
         if self.gauss_newton is not None:
             return SGD(self.sampler.parameters(), lr=1.0)
-        optimizer = Adam(groups, betas=self.betas)
+        optimizer = (FullMatrixAdam if self.full_matrix else Adam)(groups, betas=self.betas)
         total = max(1.0, float(self.trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:
@@ -575,12 +579,16 @@ class DDSSModule(SamplingModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def _compared(self) -> dict[str, Any]:
-        """What each loss is, the teacher pairs where one needs them, but for how they are kept on disk; guidance."""
+        """What each loss is, the teacher pairs where one needs them, but for how they are kept on disk; guidance, and
+        the optimiser where it is not Adam, as in older checkpoints.
+        """
         losses = every_loss(self.loss).items()
         found: dict[str, Any] = {f"loss.{name}".rstrip("."): part.identity() for name, part in losses}
         if self.teacher is not None and self.needs_teacher:
             settings = dataclasses.asdict(self.teacher).items()
             found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}
+        if self.full_matrix and self.gauss_newton is None:
+            found["full_matrix"] = True
         shown = self.denoiser.settings()
         return found | {f"denoiser.{name}": shown[name] for name in ("guidance_scale", "prompts") if name in shown}
 
@@ -612,8 +620,8 @@ class DDSSModule(SamplingModule):
         if other and self._trainer is not None and self.trainer.state.fn == "fit":
             pairs = ", ".join(f"{key}: {theirs.get(key)} instead of {ours.get(key)}" for key in other)
             raise ValueError(
-                f"The checkpoint is of a fit with another loss, teacher or guidance ({pairs}); resume with the recipe "
-                "it was started with."
+                f"The checkpoint is of a fit with another loss, teacher, guidance or optimiser ({pairs}); resume with "
+                "the recipe it was started with."
             )
         if not other:
             losses, memories = every_loss(self.loss), checkpoint.get("loss_memory", {})

@@ -88,8 +88,8 @@ def test_learning_lowers_the_loss(tmp_path):
     assert quality.best["kid"] < 0.9 * quality.initial["kid"]
 
 
-@pytest.mark.parametrize("real", ["bank", "batch"])
-def test_two_epochs_and_resume_are_four_epochs_bit_for_bit(tmp_path, real):
+@pytest.mark.parametrize(("real", "full_matrix"), [("bank", False), ("batch", False), ("bank", True)])
+def test_two_epochs_and_resume_are_four_epochs_bit_for_bit(tmp_path, real, full_matrix):
     def fit(folder, epochs, ckpt_path=None, stop=None):
         module = DDSSModule(
             denoiser := DiffusersDenoiser.from_pretrained(DDPM),
@@ -97,6 +97,7 @@ def test_two_epochs_and_resume_are_four_epochs_bit_for_bit(tmp_path, real):
             ConvFeatures.from_pretrained(FEATURES),
             KIDLoss(real=real),
             batch_size=16,
+            full_matrix=full_matrix,
         )
         keep = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
         quality = SampleQuality(dirpath=str(tmp_path / folder / "s"))
@@ -109,8 +110,10 @@ def test_two_epochs_and_resume_are_four_epochs_bit_for_bit(tmp_path, real):
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, again["state_dict"][name]), name
     moments = [c["optimizer_states"][0]["state"] for c in (whole, again)]
+    assert moments[0]
     for key in moments[0]:
-        assert torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"])
+        for name in ("mean", "matrix") if full_matrix else ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[0][key][name], moments[1][key][name])
     assert quality.state_dict()["best"] == resumed.state_dict()["best"]
     assert quality.state_dict()["initial"] == resumed.state_dict()["initial"]
 
@@ -627,7 +630,7 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
         ({"seed": 1}, r"\(teacher.seed: 0 instead of 1\); resume with the recipe it was started with"),
         ({"num_pairs": 30, "anchor": "ddim"}, "teacher.num_pairs: 20 instead of 30, teacher.anchor: dpmpp_2m instead"),
     ):
-        with pytest.raises(ValueError, match=f"of a fit with another loss, teacher or guidance .*{message}"):
+        with pytest.raises(ValueError, match=f"of a fit with another loss, teacher, guidance or optimiser .*{message}"):
             resume(another(**other), path)
     # What only scores asks for the sampler alone.
     scored = make()
@@ -789,8 +792,20 @@ def test_a_device_without_float64_is_refused_with_the_remedy():
         module.setup("fit")
 
 
-def test_a_correction_that_is_held_stays(tmp_path):
-    module = make()
+def test_another_optimiser_is_refused(tmp_path):
+    """Its moments mean nothing to this one."""
+    for one, other in ((False, True), (True, False)):
+        runner = trainer(tmp_path / str(one), 1, limit_val_batches=0)
+        runner.fit(make(full_matrix=one), data())
+        with pytest.raises(ValueError, match=r"another loss, teacher, guidance or optimiser \(full_matrix"):
+            trainer(tmp_path, 2).fit(
+                make(full_matrix=other), data(), ckpt_path=runner.checkpoint_callback.best_model_path
+            )
+
+
+@pytest.mark.parametrize("full_matrix", [False, True])
+def test_a_correction_that_is_held_stays(tmp_path, full_matrix):
+    module = make(full_matrix=full_matrix)
     module.sampler.corrections["nu"].requires_grad_(False)
     trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
     assert not module.sampler.corrections["nu"].any()
