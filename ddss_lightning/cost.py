@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from ddss_lightning.features import DenoiserFeatures
+from ddss_lightning.features import DenoiserFeatures, FeatureExtractor
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.losses import InFeatures
+from ddss_lightning.losses import InFeatures, KIDLoss, SampleLoss
+from ddss_lightning.losses.base import every_loss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.replay import Replay
 
@@ -39,9 +42,30 @@ def calls_per_step(module: DDSSModule) -> int:
 
 
 def teacher_calls(module: DDSSModule) -> int:
-    """Evaluations of the network that make the teacher's images; 0 where nothing is compared with them."""
+    """Evaluations of the network that make the teacher's images; 0 where nothing is compared with them.
+
+    Those of its own features of them, for a `KIDLoss` with a control variate, too.
+    """
     teacher = module.teacher if module.needs_teacher else None
-    return 0 if teacher is None else teacher.num_pairs * teacher.num_steps * module.denoiser.evaluations_per_call
+    if teacher is None:
+        return 0
+    own = sum(
+        isinstance(network, DenoiserFeatures) and isinstance(loss, KIDLoss) and loss.control_variate
+        for network, loss in _spaces(module)
+    )
+    return teacher.num_pairs * (teacher.num_steps * module.denoiser.evaluations_per_call + own)
+
+
+def _spaces(module: DDSSModule) -> Iterator[tuple[FeatureExtractor, SampleLoss]]:
+    """Every loss, with the feature network of its space."""
+    elsewhere = {
+        loss: part.features
+        for part in module.loss.modules()
+        if isinstance(part, InFeatures)
+        for loss in every_loss(part.loss).values()
+    }
+    for loss in every_loss(module.loss).values():
+        yield elsewhere.get(loss, module.features), loss
 
 
 @torch.no_grad()

@@ -222,6 +222,8 @@ class DDSSModule(SamplingModule):
                 "with running moments needs gather_features=True."
             )
         self._targets = self._load_teacher() if self.needs_teacher else None
+        if self._targets is not None:
+            self.loss.fit_target(self._encode_target)
         self._renew_rates()
 
     @property
@@ -254,6 +256,16 @@ class DDSSModule(SamplingModule):
                 "resume with the recipe it was started with."
             )
         return self.teacher.load(self.denoiser)
+
+    @torch.no_grad()
+    def _encode_target(self, network: FeatureExtractor | None = None) -> Tensor:
+        """The output of a feature network for all of the teacher's images, shape (p, d)."""
+        assert self._targets is not None
+        network = self.features if network is None else network
+        parts = torch.arange(len(self._targets)).split(self.features_batch_size or self.batch_size)
+        with full_precision(self.device.type):
+            images = (self._targets[part.tolist()].to(self.device, network.dtype) for part in parts)
+            return torch.cat([network(each) for each in images])
 
     def generated(self, x_T: Tensor, noise: Tensor | None, denoiser: Denoiser | None = None) -> tuple[Tensor, ...]:
         """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order.

@@ -53,6 +53,8 @@ def loss_of(way, real):
     if "sum" in way:
         kinds = {"kid": KIDLoss(), "frechet": FrechetLoss(), "x": TeacherLoss("l2"), "phi": TeacherLoss("features")}
         kinds["random"] = InFeatures(RandomFeatures(1, 8, 4, 2), KIDLoss(standardize=True), batch_size=5)
+        kinds["controlled"] = KIDLoss(control_variate=True)
+        kinds["elsewhere"] = InFeatures(RandomFeatures(1, 8, 4, 2), KIDLoss(control_variate=True), batch_size=5)
         return WeightedSum(kinds, {"frechet": 0.5, "x": 3.0})
     return TeacherLoss() if "pixels" in way else KIDLoss(real=real)
 

@@ -55,6 +55,7 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
         losses = {"kid": KIDLoss(real="batch"), "teacher": TeacherLoss("features")}
         features = DenoiserFeatures(denoiser)
         losses["again"] = InFeatures(DenoiserFeatures(denoiser), TeacherLoss("features"))
+        losses["controlled"] = InFeatures(DenoiserFeatures(denoiser), KIDLoss(standardize=True, control_variate=True))
         options["loss"] = WeightedSum(losses)
     sampler = GGDMSampler(denoiser.schedule, 4, stride="quadratic")
     module = DDSSModule(denoiser, sampler, features, batch_size=16, **options)
@@ -73,7 +74,9 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
     # Features are taken from inner layers: what every call begins with sees them all.
     counted = Counted(denoiser.unet.conv_in if kind == "own features of all" else denoiser)
     module.on_train_start()
-    assert counted.calls == of_teacher == (140 if module.needs_teacher else 0)
+    # One call more for each image of the teacher that is a control variate.
+    each = 8 if kind == "own features of all" else 7
+    assert counted.calls == of_teacher == (20 * each if module.needs_teacher else 0)
     module.training_step(torch.zeros(16, 1, 8, 8), 0).backward()
     counted.handle.remove()
     assert counted.calls == of_teacher + planned

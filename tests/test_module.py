@@ -35,7 +35,7 @@ from ddss_lightning import (
 )
 from ddss_lightning.data.digits import TensorImages, load_digits_tensors
 from ddss_lightning.ggdm import DEGREES
-from ddss_lightning.losses import Samples
+from ddss_lightning.losses import Samples, kid
 from ddss_lightning.noise import generator_for
 from ddss_lightning.sampling import _differing
 from tests.conftest import DDPM, FEATURES
@@ -583,6 +583,19 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(tmp_path):
     module.on_before_optimizer_step = keep
     trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(steps=1))
     assert all(value > 1e-3 for value in seen.values()), seen
+
+
+def test_a_control_variate_is_of_all_of_the_teachers_images(tmp_path):
+    """In the module's features: those of all pairs; the loss of the teacher itself is its KID, whatever the batch."""
+    teacher = TeacherPairs(num_pairs=40, num_steps=3, chunk_size=16, cache_dir=str(tmp_path))
+    student = {"anchor": "dpmpp_2m", "stride": "quadratic", "learn": ("mu",)}
+    module = make(teacher=teacher, loss=KIDLoss(control_variate=True), sampler=student, lr=0.0, time_lr=0.0)
+    values = []
+    module.log = lambda name, value, **_: values.append(float(value)) if name == "train/kid" else None
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    bank = module.features(teacher.load(module.denoiser)[list(range(40))])
+    torch.testing.assert_close(module.loss.teacher, (bank / module.loss.scale).float())
+    assert values == pytest.approx([float(kid(module.loss.teacher.double(), module.loss.bank.double()))] * 2, rel=1e-4)
 
 
 def test_running_moments_and_moved_start_noise_resume_bit_for_bit(tmp_path):

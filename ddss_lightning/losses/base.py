@@ -87,6 +87,13 @@ class SampleLoss(nn.Module, ABC):
             encode_real: network -> its features of the same images, for losses that have one of their own.
         """
 
+    def fit_target(self, encode_target: Callable[[FeatureExtractor | None], Tensor]) -> None:
+        """Learn what is needed of all images of the teacher before the first step, after `fit_real`.
+
+        Args:
+            encode_target: network (None: that of the module) -> its features of the images of all pairs, shape (p, d).
+        """
+
     @abstractmethod
     def forward(self, samples: Samples) -> Tensor:
         """A scalar."""

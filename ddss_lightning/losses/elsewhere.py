@@ -51,6 +51,10 @@ class InFeatures(SampleLoss):
             raise ValueError("InFeatures encodes real images itself: give `fit_real` a function `encode_real`.")
         self.loss.fit_real(encode_real(self.features), encode_real)
 
+    def fit_target(self, encode_target: Callable[[FeatureExtractor | None], Tensor]) -> None:
+        """Give the loss the teacher's features in its own space."""
+        self.loss.fit_target(lambda network: encode_target(network or self.features))
+
     def identity(self) -> str:
         """With the fingerprint of the network."""
         return f"InFeatures({self.features.fingerprint()})"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.losses.base import SampleLoss, Samples, feature_scale
 
 Kernel = Literal["cubic", "linear"]
@@ -71,7 +73,7 @@ def kid(generated: Tensor, real: Tensor, kernel: Kernel = "cubic") -> Tensor:
 
 
 class KIDLoss(SampleLoss):
-    """`kid` of features that were divided by the root mean square of the real ones; over all processes.
+    r"""`kid` of features that were divided by the root mean square of the real ones; over all processes.
 
     Without that scale the cubic kernel's gradients are in the millions. Where features have a mean far larger than
     their spread, as those of `RandomFeatures`, the kernel sees little but the mean: `standardize` shifts each of them
@@ -81,34 +83,57 @@ class KIDLoss(SampleLoss):
     what generated images are compared with (`real="bank"`: less gradient noise) unless a minibatch of real features is
     given at each step (`real="batch"`).
 
+    What a batch of samples says of all is mostly chance: its x_T are lighter or darker, have more letters of one kind.
+    With `control_variate` the teacher's images from the same x_T, which share that chance, are subtracted, and all of
+    its images added, in the space of the kernel: with mu the mean of k(x, .) over samples x, t_i the teacher's image
+    from the x_T of x_i, T all of them and y real images,
+
+    .. math::
+        |\mu_T - \mu_y + \mu_{x - t}|^2 = \frac{1}{n(n-1)} \sum_{i \ne j}
+        (k(x_i, x_j) - k(x_i, t_j) - k(t_i, x_j) + k(t_i, t_j)) + \frac{2}{n} \sum_i (b(x_i) - b(t_i)) + c
+
+    with b(x) the mean of k(x, T) less that of k(x, y), and c the KID of T. The mean over batches is that of all pairs,
+    the noise far less than without, the less the nearer sampler and teacher are.
+
     Args:
         kernel: `cubic` or `linear`.
         real: `bank` or `batch`.
         standardize: each feature for itself.
+        control_variate: subtract the chance of a batch that the teacher's images show; needs a teacher.
 
     Raises:
-        ValueError: an unknown kernel or choice of real features.
+        ValueError: an unknown kernel or choice of real features, or a control variate without the bank.
     """
 
     name = "kid"
     shift: Tensor
     scale: Tensor
     bank: Tensor
+    teacher: Tensor
 
     def __init__(
-        self, kernel: Kernel = "cubic", real: Literal["bank", "batch"] = "bank", standardize: bool = False
+        self,
+        kernel: Kernel = "cubic",
+        real: Literal["bank", "batch"] = "bank",
+        standardize: bool = False,
+        control_variate: bool = False,
     ) -> None:
         super().__init__()
         if kernel not in KERNELS:
             raise ValueError(f"Unknown kernel '{kernel}'; choose one of {', '.join(KERNELS)}.")
         if real not in ("bank", "batch"):
             raise ValueError(f"real must be 'bank' or 'batch', got '{real}'.")
+        if control_variate and real == "batch":
+            raise ValueError("A control variate is for all real features; set real='bank'.")
         self.kernel: Kernel = kernel
         self.real = real
         self.standardize = standardize
-        self.needs = frozenset({"features", "real"} if real == "batch" else {"features"})
-        self.real_term = 0.0
-        for name, value in {"shift": torch.zeros(1), "scale": torch.ones(1), "bank": torch.empty(0)}.items():
+        self.control_variate = control_variate
+        besides = {"real"} if real == "batch" else {"target_features"} if control_variate else set()
+        self.needs = frozenset({"features", *besides})
+        self.real_term = self.teacher_term = 0.0
+        empty = {"bank": torch.empty(0), "teacher": torch.empty(0)}
+        for name, value in {"shift": torch.zeros(1), "scale": torch.ones(1), **empty}.items():
             self.register_buffer(name, value, persistent=False)
 
     def fit_real(self, features: Tensor, encode_real: object = None) -> None:  # noqa: ARG002 - see the base class
@@ -137,11 +162,34 @@ class KIDLoss(SampleLoss):
         if self.real == "bank":
             self.real_term, self.bank = float(mean_within(scaled, self.kernel)), scaled.float()
 
+    def fit_target(self, encode_target: Callable[[FeatureExtractor | None], Tensor]) -> None:
+        """Take the teacher's features, where they are a control variate, and their KID.
+
+        Raises:
+            ValueError: fewer than two vectors, or numbers that are not finite.
+        """
+        if not self.control_variate:
+            return
+        features = encode_target(None)
+        if features.ndim != 2 or len(features) < 2 or not features.isfinite().all():
+            raise ValueError(
+                "A control variate needs finite features of at least two images of the teacher, got shape "
+                f"{tuple(features.shape)}."
+            )
+        scaled = self._scaled(features.detach().double())
+        self.teacher = scaled.float()
+        across = kernel_sum(scaled, self.bank.to(scaled), self.kernel) / (len(scaled) * len(self.bank))
+        self.teacher_term = float(mean_within(scaled, self.kernel) + self.real_term - 2 * across)
+
+    def identity(self) -> str:
+        """With the control variate."""
+        return f"{type(self).__name__}(control_variate)" if self.control_variate else type(self).__name__
+
     def forward(self, samples: Samples) -> Tensor:
         """KID of `samples.features` against the bank, or against `samples.real`.
 
         Raises:
-            ValueError: no bank, or no real features.
+            ValueError: no bank, or no real features; with a control variate, none of the teacher.
         """
         generated = samples.gather(samples["features"])
         generated = generated.to(torch.promote_types(generated.dtype, torch.float32))
@@ -151,9 +199,26 @@ class KIDLoss(SampleLoss):
         if not len(self.bank):
             raise ValueError("KIDLoss has no real features: call `fit_real` first.")
         scaled = self._scaled(generated)
+        if self.control_variate:
+            return self._controlled(
+                scaled, self._scaled(samples.gather(samples["target_features"]).to(generated.dtype))
+            )
         within = mean_off_diagonal(polynomial_kernel(scaled, scaled, self.kernel))
         across = polynomial_kernel(scaled, self.bank.to(scaled), self.kernel).mean()
         return within + self.real_term - 2 * across
+
+    def _controlled(self, x: Tensor, t: Tensor) -> Tensor:
+        if not len(self.teacher):
+            raise ValueError("KIDLoss has no features of the teacher for its control variate: call `fit_target` first.")
+        # k(x_i, x_j) - k(x_i, t_j) - k(t_i, x_j) + k(t_i, t_j), and x and t against all of the teacher's and real ones.
+        mixed = polynomial_kernel(x, t, self.kernel)
+        paired = polynomial_kernel(x, x, self.kernel) - mixed - mixed.T + polynomial_kernel(t, t, self.kernel)
+        return mean_off_diagonal(paired) + 2 * (self._witness(x) - self._witness(t)) + self.teacher_term
+
+    def _witness(self, x: Tensor) -> Tensor:
+        """Mean over x of b: how much more like the teacher's images than like real ones."""
+        teacher = polynomial_kernel(x, self.teacher.to(x), self.kernel).mean()
+        return teacher - polynomial_kernel(x, self.bank.to(x), self.kernel).mean()
 
     def _scaled(self, features: Tensor) -> Tensor:
         return (features - self.shift.to(features)) / self.scale.to(features)

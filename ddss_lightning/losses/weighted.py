@@ -50,6 +50,11 @@ class WeightedSum(SampleLoss):
         for _, loss in self._named():
             loss.fit_real(features, encode_real)
 
+    def fit_target(self, encode_target: Callable[[FeatureExtractor | None], Tensor]) -> None:
+        """Give all losses the teacher's features."""
+        for _, loss in self._named():
+            loss.fit_target(encode_target)
+
     def forward(self, samples: Samples) -> Tensor:
         """The sum."""
         values = {name: loss(samples) for name, loss in self._named()}

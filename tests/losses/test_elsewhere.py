@@ -42,6 +42,18 @@ def test_value_and_gradient_are_those_of_the_loss_of_the_networks_features(kind,
     torch.testing.assert_close(torch.autograd.grad(value, images), torch.autograd.grad(expected, images))
 
 
+def test_a_control_variate_is_seen_through_the_same_network():
+    real, images, target = draw(30, 1, 2, 2), draw(8, 1, 2, 2, seed=1), draw(8, 1, 2, 2, seed=2)
+    loss, network = fitted(KIDLoss(control_variate=True), real)
+    by_hand = KIDLoss(control_variate=True)
+    by_hand.fit_real(network(real))
+    # Nested, as a `WeightedSum` in a `WeightedSum` is.
+    WeightedSum({"own": loss}).fit_target(lambda given: given(target))
+    by_hand.fit_target(lambda _: network(target))
+    expected = by_hand(Samples(features=network(images), target_features=network(target)))
+    torch.testing.assert_close(loss(Samples(images=images, target=target)), expected)
+
+
 def test_a_teacher_is_seen_through_the_same_network():
     images, target = draw(8, 1, 2, 2, seed=1), draw(8, 1, 2, 2, seed=2)
     loss, network = fitted(TeacherLoss("features"), draw(30, 1, 2, 2))

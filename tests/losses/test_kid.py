@@ -1,4 +1,5 @@
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -49,6 +50,89 @@ def test_bank_and_whole_set_as_minibatch_agree():
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-7)
     gradients = [torch.autograd.grad(value, x)[0] for value in values]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def controlled(kernel="cubic", pairs=6, d=4):
+    """A loss whose scale is 1, the teacher's features, those of samples from the same noise, and the real ones."""
+    real = draw(30, d, seed=5) + 0.4
+    real = real / real.square().mean().sqrt()
+    teacher = draw(pairs, d, seed=6)
+    loss = KIDLoss(kernel, control_variate=True)
+    loss.fit_real(real)
+    loss.fit_target(lambda network: teacher)
+    return loss, teacher, teacher + 0.1 * draw(pairs, d, seed=7) + 0.2, real
+
+
+def test_control_variate_in_closed_form():
+    """Linear kernel: |m_T - m_y + m_(x - t)|^2 / d, each square without the products of a vector with itself."""
+    loss, teacher, x, real = controlled("linear")
+    mean = (x - teacher).mean(0)
+    square = (mean.square().sum() * 36 - (x - teacher).square().sum()) / 30
+    gap = teacher.mean(0) - real.mean(0)
+    expected = (square + 2 * (mean * gap).sum()) / 4 + kid(teacher, real, "linear")
+    torch.testing.assert_close(loss(Samples(x, target_features=teacher)), expected, rtol=1e-5, atol=1e-6)
+    gradient = torch.func.grad(lambda x: loss(Samples(x, target_features=teacher)))(x)
+    by_hand = 2 / 6 * ((mean * 6 - (x - teacher)) / 5 + gap) / 4
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["cubic", "linear"])
+def test_control_variate_is_unbiased_over_the_pairs(kernel):
+    """The mean over all batches of three of six pairs is the value of all six, and so is the gradient's."""
+    loss, teacher, x, _ = controlled(kernel)
+    x.requires_grad_()
+    batches = [list(batch) for batch in itertools.combinations(range(6), 3)]
+    values = torch.stack([loss(Samples(x[batch], target_features=teacher[batch])) for batch in batches])
+    whole = loss(Samples(x, target_features=teacher))
+    torch.testing.assert_close(values.mean(), whole, rtol=1e-5, atol=1e-6)
+    slopes = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in (values.mean(), whole)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_of_the_teachers_own_images_every_batch_has_the_teachers_kid():
+    loss, teacher, _, real = controlled()
+    for batch in ([0, 1], [2, 3, 4], range(6)):
+        own = teacher[list(batch)]
+        torch.testing.assert_close(loss(Samples(own, target_features=own)), kid(teacher, real), rtol=1e-5, atol=1e-6)
+
+
+def test_control_variate_has_less_noise_about_the_same_mean():
+    loss, teacher, x, real = controlled(pairs=400)
+    plain = KIDLoss()
+    plain.fit_real(real)
+    batches = torch.randperm(400, generator=torch.Generator().manual_seed(0)).view(20, 20)
+    with_it = torch.stack([loss(Samples(x[batch], target_features=teacher[batch])) for batch in batches])
+    without = torch.stack([plain(Samples(x[batch])) for batch in batches])
+    assert with_it.std() < 0.2 * without.std()
+    assert abs(with_it.mean() - without.mean()) < 4 * without.std() / 20**0.5
+
+
+def test_control_variate_in_standardised_features():
+    real, teacher = 20 * draw(40, 8) + 3, 20 * draw(10, 8, seed=1)
+    x = teacher + draw(10, 8, seed=2)
+    loss = KIDLoss("linear", standardize=True, control_variate=True)
+    loss.fit_real(real)
+    loss.fit_target(lambda network: teacher)
+    y, t, z = ((values - real.mean(0)) / real.std(0) for values in (real, teacher, x))
+    expected = kid(z, y, "linear") - kid(t, y, "linear")
+    value = loss(Samples(x, target_features=teacher)) - loss(Samples(teacher, target_features=teacher))
+    # Of all pairs at once there is no chance but that products of a pair with itself are left out.
+    left_out = 2 * (((z - t) * (t - t.mean(0))).sum() / 8) / (10 * 9)
+    torch.testing.assert_close(value, expected + left_out, rtol=1e-5, atol=1e-6)
+
+
+def test_control_variate_needs():
+    with pytest.raises(ValueError, match="set real='bank'"):
+        KIDLoss(real="batch", control_variate=True)
+    assert KIDLoss(control_variate=True).needs == {"features", "target_features"}
+    loss = KIDLoss(control_variate=True)
+    loss.fit_real(draw(5, 2))
+    with pytest.raises(ValueError, match=r"no features of the teacher .* call `fit_target` first"):
+        loss(Samples(draw(3, 2), target_features=draw(3, 2)))
+    for wrong in (draw(1, 2), draw(4, 2) * torch.nan):
+        with pytest.raises(ValueError, match="finite features of at least two images of the teacher"):
+            loss.fit_target(lambda network, wrong=wrong: wrong)
+    KIDLoss().fit_target(lambda network: pytest.fail("is not needed"))
 
 
 def test_bad_arguments():
