@@ -17,11 +17,14 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python recipes/demo.py --recipe recipes/digits_5.yaml --output demo --overwrite
 
+# A few files at a time, each on one core.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PARALLEL)
 
 test-all: $(READY) lint
-	$(BIN)/python -m pytest -q -m ""
+	$(PARALLEL) -m ""
 
 # Which loss, which parametrisation; then the headline. Hours on two cores; finished runs are kept, see recipes/README.md.
 benchmark-digits: $(READY)

@@ -207,7 +207,7 @@ def test_a_fit_is_not_gone_on_with_at_another_guidance(guided, features, tmp_pat
 
     fit(guided, 1).save_checkpoint(tmp_path / "a.ckpt")
     other = DiffusersDenoiser(guided.unet, guided.schedule, null_label=1)
-    with pytest.raises(ValueError, match=r"guidance \(denoiser.guidance_scale: 2.0 instead of None\)"):
+    with pytest.raises(ValueError, match=r"optimiser \(denoiser.guidance_scale: 2.0 instead of None\)"):
         fit(other, 2, tmp_path / "a.ckpt")
     assert fit(guided, 2, tmp_path / "a.ckpt").global_step == 2
 
