@@ -30,7 +30,7 @@ from ddss_lightning.losses.slope import slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for
 from ddss_lightning.precision import full_precision
 from ddss_lightning.replay import Replay
-from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.sampling import LARGE, SamplingModule
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
@@ -67,8 +67,8 @@ class DDSSModule(SamplingModule):
         lr: learning rate of the corrections (`mu`, `nu`, `std`, `pred`).
         time_lr: learning rate of `time` and `logsnr`.
         betas: of Adam.
-        full_matrix: Adam with the whole matrix of second moments, see `FullMatrixAdam`; it takes learning rates of four
-            to eight times those of Adam.
+        full_matrix: Adam with the whole matrix of second moments, see `FullMatrixAdam`; for at most several hundred
+            numbers. It takes learning rates of two to eight times those of Adam.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
         gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
@@ -262,7 +262,12 @@ class DDSSModule(SamplingModule):
         """The output of a feature network for all of the teacher's images, shape (p, d)."""
         assert self._targets is not None
         network = self.features if network is None else network
-        parts = torch.arange(len(self._targets)).split(self.features_batch_size or self.batch_size)
+        size = self.features_batch_size or self.microbatch_size or self.batch_size
+        if len(self._targets) >= LARGE:
+            rank_zero_info(
+                f"{type(network).__name__} of {len(self._targets)} images of the teacher, which takes a while"
+            )
+        parts = torch.arange(len(self._targets)).split(size)
         with full_precision(self.device.type):
             images = (self._targets[part.tolist()].to(self.device, network.dtype) for part in parts)
             return torch.cat([network(each) for each in images])

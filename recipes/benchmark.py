@@ -224,7 +224,7 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
         partial.write_text(text)
     calls = max_steps * each + teacher_calls(module)
     return recipe, {
-        "optimiser": "Gauss-Newton" if module.gauss_newton else "Adam",
+        "optimiser": "Gauss-Newton" if module.gauss_newton else "full-matrix Adam" if module.full_matrix else "Adam",
         "optimiser_steps": max_steps,
         "calls_per_step": each,
         "network_calls": calls,

@@ -84,6 +84,42 @@ def test_groups_are_in_units_of_their_learning_rates():
     torch.testing.assert_close(torch.cat([a, b]).detach(), torch.cat([c, d / 4]).detach())
 
 
+def test_damping_by_hand():
+    """g = (1, 0): the mean of the diagonal is 1/2, with damping 2 the step is 1 / sqrt(1 + 1), in any unit of g."""
+    for scale in (1.0, 1e6, 1e-6):
+        x = numbers(0.0, 0.0)
+        descend(FullMatrixAdam([x], lr=1.0, damping=2.0), lambda x=x, s=scale: s * x[0], 1)
+        torch.testing.assert_close(x.detach(), torch.tensor([-math.sqrt(0.5), 0.0]).double())
+
+
+def test_another_ratio_of_learning_rates_is_in_force_at_once():
+    """The moments are of the gradients themselves: a fit that goes on with other rates steps as one that always had."""
+    steps = []
+    for first in (0.4, 0.1):
+        a, b = numbers(0.0), numbers(0.0)
+        optimizer = FullMatrixAdam([{"params": [a], "lr": first}, {"params": [b], "lr": 0.1}])
+        for _ in range(5):
+            a.grad, b.grad = torch.tensor([1.0]).double(), torch.tensor([-3.0]).double()
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        before = torch.cat([a, b]).detach().clone()
+        optimizer.step()
+        steps.append(torch.cat([a, b]).detach() - before)
+    torch.testing.assert_close(*steps)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    x = numbers(1.0, 2.0)
+    optimizer = FullMatrixAdam([x], lr=0.1)
+    descend(optimizer, lambda: x.sum(), 2)
+    before, kept = x.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"][0])
+    x.grad = torch.tensor([torch.nan, 1.0]).double()
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer.step()
+    assert torch.equal(x.detach(), before)
+    assert all(torch.equal(value, kept[name]) for name, value in optimizer.state_dict()["state"][0].items())
+
+
 def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
     def loss():
         return (x.sum() - 1) ** 2 + x.square().sum()

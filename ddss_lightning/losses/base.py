@@ -90,6 +90,8 @@ class SampleLoss(nn.Module, ABC):
     def fit_target(self, encode_target: Callable[[FeatureExtractor | None], Tensor]) -> None:
         """Learn what is needed of all images of the teacher before the first step, after `fit_real`.
 
+        Called where `needs` holds `target` or `target_features`.
+
         Args:
             encode_target: network (None: that of the module) -> its features of the images of all pairs, shape (p, d).
         """

@@ -85,15 +85,15 @@ class KIDLoss(SampleLoss):
 
     What a batch of samples says of all is mostly chance: its x_T are lighter or darker, have more letters of one kind.
     With `control_variate` the teacher's images from the same x_T, which share that chance, are subtracted, and all of
-    its images added, in the space of the kernel: with mu the mean of k(x, .) over samples x, t_i the teacher's image
-    from the x_T of x_i, T all of them and y real images,
+    its images added, in the space of the kernel. With x_i the samples of a batch, t_i the teacher's images from the
+    same x_T, T those of all pairs and y real images, the loss is
 
     .. math::
-        |\mu_T - \mu_y + \mu_{x - t}|^2 = \frac{1}{n(n-1)} \sum_{i \ne j}
-        (k(x_i, x_j) - k(x_i, t_j) - k(t_i, x_j) + k(t_i, t_j)) + \frac{2}{n} \sum_i (b(x_i) - b(t_i)) + c
+        \frac{1}{n(n-1)} \sum_{i \ne j} (k(x_i, x_j) - k(x_i, t_j) - k(t_i, x_j) + k(t_i, t_j))
+        + \frac{2}{n} \sum_i (b_i(x_i) - b_i(t_i)) + c
 
-    with b(x) the mean of k(x, T) less that of k(x, y), and c the KID of T. The mean over batches is that of all pairs,
-    the noise far less than without, the less the nearer sampler and teacher are.
+    with b_i(x) the mean of k(x, T) over all pairs but that of i less the mean of k(x, y), and c the KID of T. Its mean
+    over batches is the KID of the samples of all pairs, its noise the less the nearer sampler and teacher are.
 
     Args:
         kernel: `cubic` or `linear`.
@@ -166,10 +166,12 @@ class KIDLoss(SampleLoss):
         """Take the teacher's features, where they are a control variate, and their KID.
 
         Raises:
-            ValueError: fewer than two vectors, or numbers that are not finite.
+            ValueError: fewer than two vectors, numbers that are not finite, or no real features before them.
         """
         if not self.control_variate:
             return
+        if not len(self.bank):
+            raise ValueError("KIDLoss has no real features: call `fit_real` first.")
         features = encode_target(None)
         if features.ndim != 2 or len(features) < 2 or not features.isfinite().all():
             raise ValueError(
@@ -210,15 +212,15 @@ class KIDLoss(SampleLoss):
     def _controlled(self, x: Tensor, t: Tensor) -> Tensor:
         if not len(self.teacher):
             raise ValueError("KIDLoss has no features of the teacher for its control variate: call `fit_target` first.")
-        # k(x_i, x_j) - k(x_i, t_j) - k(t_i, x_j) + k(t_i, t_j), and x and t against all of the teacher's and real ones.
-        mixed = polynomial_kernel(x, t, self.kernel)
-        paired = polynomial_kernel(x, x, self.kernel) - mixed - mixed.T + polynomial_kernel(t, t, self.kernel)
-        return mean_off_diagonal(paired) + 2 * (self._witness(x) - self._witness(t)) + self.teacher_term
+        mixed, own = polynomial_kernel(x, t, self.kernel), polynomial_kernel(t, t, self.kernel)
+        paired = mean_off_diagonal(polynomial_kernel(x, x, self.kernel) - mixed - mixed.T + own)
+        return paired + 2 * (self._gap(x, mixed) - self._gap(t, own)) + self.teacher_term
 
-    def _witness(self, x: Tensor) -> Tensor:
-        """Mean over x of b: how much more like the teacher's images than like real ones."""
-        teacher = polynomial_kernel(x, self.teacher.to(x), self.kernel).mean()
-        return teacher - polynomial_kernel(x, self.bank.to(x), self.kernel).mean()
+    def _gap(self, x: Tensor, to_batch: Tensor) -> Tensor:
+        """Mean over i of b_i(x_i), of x, shape (n, d), and k(x_i, t_j), shape (n, n)."""
+        all_pairs = polynomial_kernel(x, self.teacher.to(x), self.kernel).sum(1)
+        others = (all_pairs - to_batch.diagonal()) / (len(self.teacher) - 1)
+        return others.mean() - polynomial_kernel(x, self.bank.to(x), self.kernel).mean()
 
     def _scaled(self, features: Tensor) -> Tensor:
         return (features - self.shift.to(features)) / self.scale.to(features)

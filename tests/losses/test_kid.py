@@ -63,30 +63,28 @@ def controlled(kernel="cubic", pairs=6, d=4):
     return loss, teacher, teacher + 0.1 * draw(pairs, d, seed=7) + 0.2, real
 
 
-def test_control_variate_in_closed_form():
-    """Linear kernel: |m_T - m_y + m_(x - t)|^2 / d, each square without the products of a vector with itself."""
-    loss, teacher, x, real = controlled("linear")
-    mean = (x - teacher).mean(0)
-    square = (mean.square().sum() * 36 - (x - teacher).square().sum()) / 30
-    gap = teacher.mean(0) - real.mean(0)
-    expected = (square + 2 * (mean * gap).sum()) / 4 + kid(teacher, real, "linear")
-    torch.testing.assert_close(loss(Samples(x, target_features=teacher)), expected, rtol=1e-5, atol=1e-6)
-    gradient = torch.func.grad(lambda x: loss(Samples(x, target_features=teacher)))(x)
-    by_hand = 2 / 6 * ((mean * 6 - (x - teacher)) / 5 + gap) / 4
-    torch.testing.assert_close(gradient, by_hand, rtol=1e-5, atol=1e-6)
-
-
+@pytest.mark.parametrize("size", [2, 3, 6])
 @pytest.mark.parametrize("kernel", ["cubic", "linear"])
-def test_control_variate_is_unbiased_over_the_pairs(kernel):
-    """The mean over all batches of three of six pairs is the value of all six, and so is the gradient's."""
-    loss, teacher, x, _ = controlled(kernel)
+def test_control_variate_is_unbiased_over_the_pairs(kernel, size):
+    """The mean over all batches of some of six pairs is the KID of all six, and so is the gradient's."""
+    loss, teacher, x, real = controlled(kernel)
     x.requires_grad_()
-    batches = [list(batch) for batch in itertools.combinations(range(6), 3)]
+    batches = [list(batch) for batch in itertools.combinations(range(6), size)]
     values = torch.stack([loss(Samples(x[batch], target_features=teacher[batch])) for batch in batches])
-    whole = loss(Samples(x, target_features=teacher))
-    torch.testing.assert_close(values.mean(), whole, rtol=1e-5, atol=1e-6)
-    slopes = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in (values.mean(), whole)]
+    expected = kid(x, real, kernel)
+    torch.testing.assert_close(values.mean(), expected, rtol=1e-5, atol=1e-6)
+    slopes = [torch.autograd.grad(value, x)[0] for value in (values.mean(), expected)]
     torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_control_variate_of_two_pairs_by_hand():
+    """Linear kernel, one feature: x = (1, 2), t = (1, 1) of T = (1, 1, 4), y = (1, 1), scale 1."""
+    loss = KIDLoss("linear", control_variate=True)
+    loss.fit_real(torch.ones(2, 1).double())
+    loss.fit_target(lambda network: torch.tensor([[1.0], [1.0], [4.0]]).double())
+    x, t = torch.tensor([[1.0], [2.0]]).double(), torch.ones(2, 1).double()
+    # Pairs: 2 - 1 - 2 + 1 = 0. b_i(x) = x (2.5 - 1): their mean is 2.25 of x and 1.5 of t. KID of T: 3 + 1 - 4 = 0.
+    torch.testing.assert_close(float(loss(Samples(x, target_features=t))), 2 * (2.25 - 1.5))
 
 
 def test_of_the_teachers_own_images_every_batch_has_the_teachers_kid():
@@ -113,12 +111,9 @@ def test_control_variate_in_standardised_features():
     loss = KIDLoss("linear", standardize=True, control_variate=True)
     loss.fit_real(real)
     loss.fit_target(lambda network: teacher)
-    y, t, z = ((values - real.mean(0)) / real.std(0) for values in (real, teacher, x))
-    expected = kid(z, y, "linear") - kid(t, y, "linear")
-    value = loss(Samples(x, target_features=teacher)) - loss(Samples(teacher, target_features=teacher))
-    # Of all pairs at once there is no chance but that products of a pair with itself are left out.
-    left_out = 2 * (((z - t) * (t - t.mean(0))).sum() / 8) / (10 * 9)
-    torch.testing.assert_close(value, expected + left_out, rtol=1e-5, atol=1e-6)
+    y, z = ((values - real.mean(0)) / real.std(0) for values in (real, x))
+    value = loss(Samples(x, target_features=teacher))
+    torch.testing.assert_close(value, kid(z, y, "linear"), rtol=1e-5, atol=1e-6)
 
 
 def test_control_variate_needs():
@@ -126,6 +121,8 @@ def test_control_variate_needs():
         KIDLoss(real="batch", control_variate=True)
     assert KIDLoss(control_variate=True).needs == {"features", "target_features"}
     loss = KIDLoss(control_variate=True)
+    with pytest.raises(ValueError, match="call `fit_real` first"):
+        loss.fit_target(lambda network: draw(4, 2))
     loss.fit_real(draw(5, 2))
     with pytest.raises(ValueError, match=r"no features of the teacher .* call `fit_target` first"):
         loss(Samples(draw(3, 2), target_features=draw(3, 2)))
