@@ -78,7 +78,6 @@ def main() -> None:
     clock.watch("feature network", cli.model.features, "forward")
     clock.watch("feature network", cli.model.features, "logits")
     clock.watch("noise by index", module_file, "held_out_noise")
-    clock.watch("noise by index", compare_file, "held_out_noise")
     clock.watch("states of the samplers", GGDMSampler, "forward")
     clock.watch("rounding to pixels", module_file, "to_pixels")
     clock.watch("metrics: of the real images", quality_file.FeatureSpace, "__init__")

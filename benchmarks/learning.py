@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning import Trainer
 from networks import NETWORKS
 from report import environment, write
 from timing import autocast, clock_name, headline, medians, options
@@ -50,7 +50,7 @@ def module_for(denoiser: Denoiser, num_steps: int, remat: str, given: argparse.N
     features = Encoder(denoiser.image_shape)
     sampler = GGDMSampler(denoiser.schedule, num_steps)
     module = DDSSModule(denoiser, sampler, features, batch_size=given.batch_size, remat=remat).to(given.device)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0)
+    module.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     module.log = lambda *_args, **_kwargs: None
     module.loss.fit_real(module.features(torch.rand(2000, *denoiser.image_shape, device=given.device)))
     return module
