@@ -1,4 +1,4 @@
-"""The Python of the README and of the pages in docs/ runs as it stands."""
+"""The Python of the README and of the pages in docs/ runs as it stands; links in all documents lead somewhere."""
 
 import re
 
@@ -50,3 +50,23 @@ def test_python_examples_run_whole(tmp_path, monkeypatch):
     scope = run(ROOT / "README.md", tmp_path, monkeypatch)
     (quality,) = [c for c in scope["module"].trainer.callbacks if isinstance(c, scope["SampleQuality"])]
     assert quality.best["fid"] < quality.initial["fid"]
+
+
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
+
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "CHANGELOG.md")]
+DOCUMENTS += [page for name in ("docs", "recipes", "checkpoints", "benchmarks") for page in (ROOT / name).rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for path, _, heading in (link.partition("#") for link in links if not link.startswith("http")):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page}: {path}"
+        if heading:
+            lines = target.read_text().splitlines()
+            assert heading in {anchor(line) for line in lines if line.startswith("#")}, f"{page}: {path}#{heading}"
