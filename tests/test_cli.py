@@ -34,12 +34,15 @@ def quick(command, tmp_path, *flags):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_runs(recipe, tmp_path):
-    files = [recipe.with_name("glyphs.yaml"), recipe] if recipe.stem.startswith("glyphs_") else [recipe]
+    base = {"glyphs_10": "glyphs.yaml", "digits_teacher": "digits_5.yaml"}.get(recipe.stem)
+    files = [recipe.with_name(base), recipe] if base else [recipe]
     text = "".join(file.read_text() for file in files)
     flags = ["--trainer.fast_dev_run=true", "--model.batch_size=4", "--data.eval_batch_size=8"]
     if "gauss_newton" in text:
         few = [f"--model.gauss_newton.{name}_images=8" for name in ("residual", "trial")]
         flags += [*few, "--sampler.learn=[time]"]
+    if "teacher:" in text:
+        flags += ["--model.teacher.num_pairs=8", "--model.teacher.num_steps=3", f"--model.teacher.cache_dir={tmp_path}"]
     if "Glyphs" in text:
         flags += ["--data.num_images=100", f"--data.cache_dir={tmp_path}"]
     main(["fit", *(f"-c={file}" for file in files), *flags, f"--trainer.logger.save_dir={tmp_path}"])
