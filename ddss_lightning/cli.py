@@ -87,13 +87,19 @@ class SaveConfig(SaveConfigCallback):
             go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
             raise ValueError(f"'{folder}' holds a run; {go_on}give another --trainer.logger.version.")
         if not self.overwrite or stage != "fit":
-            super().setup(trainer, pl_module, stage)
+            self._write(trainer, pl_module, stage)
             self.written = Path(folder, self.config_filename) if folder and trainer.is_global_zero else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the recipe of a run that goes on."""
         if trainer.loggers:
-            super().setup(trainer, pl_module, "fit")
+            self._write(trainer, pl_module, "fit")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Without the checkpoint that the run went on from, with which another command would start, too."""
+        checkpoint, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
+        super().setup(trainer, pl_module, stage)
+        self.config["ckpt_path"] = checkpoint
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """A fit that fails before its first score had nothing to lose: its name is free again."""
@@ -116,6 +122,13 @@ class DDSSCommandLine(LightningCLI):
     def quality(self) -> SampleQuality:
         """The callback that scores and keeps the best sampler."""
         return next(each for each in self.trainer.callbacks if isinstance(each, SampleQuality))  # type: ignore[attr-defined]
+
+    def setup_parser(self, add_subcommands: bool, *options: Any) -> None:  # noqa: ANN401
+        """As Lightning's; but without a subcommand, too, the `config.yaml` of a run is a recipe."""
+        super().setup_parser(add_subcommands, *options)
+        if not add_subcommands:
+            self.parser.add_argument("--ckpt_path", type=str | None, help="of the run that wrote the recipe; not read")
+            self.parser.add_argument("--weights_only", type=bool | None, help="likewise")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The parts of a recipe besides Lightning's own, and what links them."""
@@ -154,7 +167,8 @@ class DDSSCommandLine(LightningCLI):
         Raises:
             ValueError: a checkpoint or a saved sampler that cannot be meant.
         """
-        checkpoint, folder = self._get(self.config, "ckpt_path"), self._get(self.config, "pretrained_sampler")
+        folder = self._get(self.config, "pretrained_sampler")
+        checkpoint: Any = self._get(self.config, "ckpt_path") if self.subcommand else None
         if checkpoint == "last" and self.subcommand not in (None, "fit"):
             raise ValueError(
                 f"--ckpt_path=last is for fit; give {self.subcommand} the path of a checkpoint, or the folder of a "

@@ -518,6 +518,7 @@ def _digest(datamodule: ImageDataModule) -> str:
 # Flags of the other commands that `ddss compare` has its own for.
 NOT_HERE = {
     "--pretrained_sampler": "--samplers FOLDER",
+    "--ckpt_path": "--samplers FOLDER, where FOLDER is the `sampler` in the folder of the run",
     "--data.num_test_images": "--num_images",
     "--data.init_args.num_test_images": "--num_images",
     "--data.num_val_images": "--selection_images",

@@ -122,6 +122,23 @@ def test_fit_resume_validate_test_predict(tmp_path, caplog):
         assert (image.size, image.mode) == ((8, 8), "L")
 
 
+def test_the_config_of_a_run_is_a_recipe_for_every_command(tmp_path, capsys):
+    """`ddss compare` refused it, and of a run that went on `ddss test` would have scored where that began."""
+    main(quick("fit", tmp_path, "--sampler.num_steps=3"))
+    last = tmp_path / "digits_5" / "version_0" / "checkpoints" / "last.ckpt"
+    main(quick("fit", tmp_path, "--sampler.num_steps=3", "--trainer.max_steps=3", f"--ckpt_path={last}"))
+    run = tmp_path / "digits_5" / "version_1"
+    recipe = run / "config.yaml"
+    assert yaml.safe_load(recipe.read_text())["ckpt_path"] is None
+    assert command_line(["-c", str(recipe)], run=False).model.sampler.num_steps == 3
+    flags = ["--num_images=8", "--selection_images=8", f"--output={tmp_path / 'out'}", "--trainer.logger=false"]
+    main(["compare", "-c", str(recipe), "--steps", "3", "--solvers", "DDIM", "--samplers", f"ours={run}", *flags])
+    assert "| 3 | ours |" in (tmp_path / "out" / "table.md").read_text()
+    assert "give --samplers FOLDER, where FOLDER is" in error_of(
+        capsys, ["compare", "-c", str(recipe), "--ckpt_path=x"]
+    )
+
+
 def test_print_config_round_trips(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "-c", RECIPE, "--model.lr=0.25", "--print_config"])
