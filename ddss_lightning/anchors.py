@@ -16,6 +16,7 @@ from ddss_lightning.solvers import (
     Solver,
     anchor_formula,
     ddim_noise_angles,
+    first_timestep,
     ggdm_form,
     solver_form,
     stride_timesteps,
@@ -190,11 +191,18 @@ def import_anchor(
     scheduler = build_scheduler(anchor, schedule, prediction_type)
     options = {name: dict(anchor.get(name) or {}) for name in ("set_timesteps", "step")}
     if isinstance(options["set_timesteps"].get("timesteps"), str):
-        options["set_timesteps"] = _strided(options["set_timesteps"], scheduler, schedule, num_steps)
+        first = first_timestep(schedule, prediction_type)
+        options["set_timesteps"] = _strided(options["set_timesteps"], scheduler, schedule, num_steps, first)
     return probe(scheduler, scheduler_steps(scheduler, num_steps, options["set_timesteps"]), **options)
 
 
-def _strided(set_timesteps: dict[str, Any], scheduler: Any, schedule: NoiseSchedule, num_steps: int) -> dict[str, Any]:  # noqa: ANN401
+def _strided(
+    set_timesteps: dict[str, Any],
+    scheduler: Any,  # noqa: ANN401
+    schedule: NoiseSchedule,
+    num_steps: int,
+    first: float,
+) -> dict[str, Any]:
     """The arguments with timesteps, whole numbers, in place of the name of their stride: as many as make K calls.
 
     Raises:
@@ -202,7 +210,7 @@ def _strided(set_timesteps: dict[str, Any], scheduler: Any, schedule: NoiseSched
     """
     reasons: list[ValueError] = []
     for steps in range(num_steps, 0, -1):
-        placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"]).round().long().tolist()
+        placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"], first).round().long().tolist()
         try:
             scheduler_steps(scheduler, num_steps, {**set_timesteps, "timesteps": placed})
         except ValueError as error:

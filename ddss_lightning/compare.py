@@ -28,7 +28,7 @@ from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
-from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure
+from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure, thumbnails
 from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.solvers import STRIDES
 
@@ -669,7 +669,10 @@ def _write(
         seed = settings.seeds[0]
         mine = [(r, c) for r, c in zip(rows, candidates, strict=True) if (r["nfe"], r["seed"]) == (nfe, seed)]
         if mine:
-            grids = [(f"{row['sampler']}\nFID {_shown(row['fid'])}", scorer.images(each, seed)) for row, each in mine]
+            grids = [
+                (f"{row['sampler']}\nFID {_shown(row['fid'])}", thumbnails(scorer.images(each, seed)))
+                for row, each in mine
+            ]
             figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
     features = f"{protocol['features']}, resize {protocol['resize']}"
     with SummaryWriter(str(output / "tensorboard")) as writer:

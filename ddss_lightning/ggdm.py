@@ -22,7 +22,7 @@ from ddss_lightning.files import replacing
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-from ddss_lightning.solvers import Solver, Stride, stride_timesteps
+from ddss_lightning.solvers import Solver, Stride, first_timestep, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
@@ -66,7 +66,8 @@ class GGDMSampler(nn.Module):
             `probe` and whose coefficients stay while corrections move; or `{"coefficients": ...}`, the numbers
             themselves. See also `from_scheduler` and `from_coefficients`.
         eta: noise of `ddim` or `dpmpp_2m`, 0 (deterministic) to 1 (with `ddim`: DDPM).
-        stride: initial placement of their network calls: `linear`, `quadratic` or `logsnr` (see `stride_timesteps`).
+        stride: initial placement of their network calls: `linear`, `quadratic` or `logsnr` (see `stride_timesteps`),
+            from `first_timestep` on.
         timesteps: explicit initial timesteps, strictly decreasing, instead of `stride`.
         learn: what is learned; everything else stays at the anchor's value. Default: all that exists but `pred`.
         parametrization: `anchored` or `ggdm`.
@@ -142,7 +143,11 @@ class GGDMSampler(nn.Module):
     def _formula_anchor(self, solver: Solver) -> FormulaAnchor:
         config, grid = self.config, self.schedule.grid
         if config["timesteps"] is None:
-            initial = stride_timesteps(self.schedule, config["num_steps"], config["stride"])
+            first = first_timestep(self.schedule, config["prediction_type"])
+            initial = stride_timesteps(self.schedule, config["num_steps"], config["stride"], first)
+            if first < grid[-1]:
+                # Written down: see `_with_timesteps`.
+                config["timesteps"] = initial.tolist()
         else:
             initial = torch.tensor(config["timesteps"], dtype=torch.float64)
             outside = not ((initial >= grid[0]) & (initial <= grid[-1])).all()
@@ -466,7 +471,7 @@ class GGDMSampler(nn.Module):
             tensors = load(numbers)
             kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
             schedule = NoiseSchedule(tensors["schedule.logsnrs"], tensors.get("schedule.timesteps"), **kind)
-            sampler = cls(schedule, **card["config"])
+            sampler = cls(schedule, **_with_timesteps(card["config"], schedule))
             # Files of older versions hold what has no numbers, too.
             learned = {k: value for k, value in tensors.items() if k.startswith("learned.") and value.numel()}
             sampler.load_state_dict({f"corrections.{name.removeprefix('learned.')}": v for name, v in learned.items()})
@@ -485,6 +490,14 @@ class GGDMSampler(nn.Module):
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"The sampler in '{folder}' is damaged: {error}") from error
         return sampler
+
+
+def _with_timesteps(config: dict[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
+    """A saved configuration. Before `first_timestep` was, strides began at the last one, and none were written down."""
+    is_formula = isinstance(config["anchor"], str) and config["timesteps"] is None
+    if not is_formula or first_timestep(schedule, config["prediction_type"]) == schedule.grid[-1]:
+        return config
+    return {**config, "timesteps": stride_timesteps(schedule, config["num_steps"], config["stride"]).tolist()}
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

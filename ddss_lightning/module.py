@@ -379,9 +379,9 @@ class DDSSModule(SamplingModule):
         references = {} if target is None else {"target": target}
         with torch.no_grad():
             if "real" in self.loss.needs:
-                references["real"] = self.features(batch)
-            if "target_features" in self.loss.needs:
-                references["target_features"] = self.features(target)
+                references["real"] = self._features_of(batch)
+            if target is not None and "target_features" in self.loss.needs:
+                references["target_features"] = self._features_of(target)
         precision = self.trainer.precision_plugin.train_step_context
         with torch.enable_grad(), full_precision(self.device.type):
             leaves = {name: value.requires_grad_() for name, value in zip(self._outputs, outputs, strict=True)}
@@ -393,6 +393,9 @@ class DDSSModule(SamplingModule):
                 )
             slopes = torch.autograd.grad(loss, list(leaves.values()))
         return loss.detach(), slopes
+
+    def _features_of(self, images: Tensor) -> Tensor:
+        return torch.cat([self.features(part) for part in images.split(self.features_batch_size or len(images))])
 
     def _gather(self, own: Tensor) -> Tensor:
         """See `Samples.gather`. Every process computes the same loss, so nothing is sent back for the gradient."""

@@ -21,6 +21,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Pixels of the longer side of an image in a figure of many, at most.
+THUMBNAIL = 64
+
+
+def enlargement(height: int) -> int:
+    """By how much pixels are enlarged to be seen: 4 times for images of up to 16, 2 times at 32, not from 64 on."""
+    return min(4, max(1, 64 // height))
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Images, shape (N, C, H, W), of at most 64 pixels a side: means over areas."""
+    factor = max(images.shape[-2:]) / THUMBNAIL
+    if factor <= 1:
+        return images
+    size = [max(1, round(side / factor)) for side in images.shape[-2:]]
+    return torch.nn.functional.interpolate(images, size, mode="area")
+
+
 def image_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Tensor:
     """One picture of many: shape (N, C, H, W) in [-1, 1] -> uint8 (C, rows * H + ..., columns * W + ...).
 
@@ -175,7 +193,7 @@ def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure
     """Grids of images side by side, at most six in a row.
 
     Args:
-        grids: (title, images of shape (N, C, H, W) in [-1, 1]); long lines of titles are broken.
+        grids: (title, images of shape (N, C, H, W) in [-1, 1], shown as `thumbnails`); long lines of titles are broken.
         title: of the whole.
     """
     from matplotlib.figure import Figure
@@ -187,7 +205,8 @@ def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure
     for axes in panels:
         axes.set_axis_off()
     for axes, (name, images) in zip(panels, grids, strict=False):
-        grid = image_grid(images, columns=8, scale=4).permute(1, 2, 0).numpy()
+        small = thumbnails(images)
+        grid = image_grid(small, columns=8, scale=enlargement(small.shape[-2])).permute(1, 2, 0).numpy()
         axes.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)))
         axes.set_title("\n".join(textwrap.fill(line, 30) for line in name.splitlines()), fontsize=11)
     figure.suptitle(title, fontsize=12)

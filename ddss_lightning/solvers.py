@@ -23,13 +23,31 @@ SOLVERS: tuple[Solver, ...] = get_args(Solver)
 STRIDES: tuple[Stride, ...] = get_args(Stride)
 # What rounding makes of the shares of first and earlier noise in the states of an SDE, at most (25 calls: 7e-4).
 MISFIT = 1e-2
+# Half log-SNR from which on a predicted noise is good for an image: `lambda_min_clipped` of diffusers' DPM-Solver.
+LOWEST_LOGSNR = -5.1
 
 
-def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) -> Tensor:
-    r"""Real-valued timesteps t_0 > ... > t_{K-1} of the K network calls, starting at the last trained timestep.
+def first_timestep(schedule: NoiseSchedule, prediction_type: str) -> float:
+    r"""Where the first network call belongs: the last trained timestep, or, where noise is predicted, an earlier one.
 
-    With T the last trained timestep, 0 the first and u = k / K: `linear` is T (1 - u), `quadratic` is T (1 - u)^2
-    (more calls at low noise), `logsnr` spaces the half log-SNR uniformly from t = T to t = 0, both included.
+    Its predicted image is (x_t - sigma_t eps) / alpha_t, with the error of eps over alpha_t. Linear betas end at
+    lambda = -5.06; cosine ones at -9.9, where alpha is 5e-5 and the rounding of half precision fills the image. There
+    the first call is at lambda = -5.1.
+
+    References:
+        Lu et al., DPM-Solver, https://github.com/LuChengTHU/dpm-solver, on cosine schedules.
+    """
+    if prediction_type != "epsilon" or schedule.scaling != "vp" or schedule.table[-1] >= LOWEST_LOGSNR:
+        return float(schedule.grid[-1])
+    return float(schedule.timestep(torch.tensor(LOWEST_LOGSNR, dtype=torch.float64)))
+
+
+def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride, first: float | None = None) -> Tensor:
+    r"""Real-valued timesteps t_0 > ... > t_{K-1} of the K network calls, starting at `first`.
+
+    With T = `first`, by default the last trained timestep, 0 the first trained one and u = k / K: `linear` is
+    T (1 - u), `quadratic` is T (1 - u)^2 (more calls at low noise), `logsnr` spaces the half log-SNR uniformly from
+    t = T to t = 0, both included.
 
     Returns:
         Shape (K,), float64.
@@ -45,8 +63,9 @@ def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) ->
             f"num_steps must be between 1 and the {schedule.num_train_timesteps} steps of the noise schedule, "
             f"got {num_steps}."
         )
+    last = float(schedule.grid[-1]) if first is None else first
     if stride == "logsnr":
-        ends = schedule.table[-1], schedule.table[0]
+        ends = schedule.logsnr(schedule.table.new_tensor(last)), schedule.table[0]
         logsnrs = torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64)
         return schedule.timestep(logsnrs.to(schedule.table.device)).cpu()
     if schedule.grid[0] != 0:
@@ -55,7 +74,7 @@ def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride) ->
             "use stride='logsnr' or give timesteps."
         )
     remaining = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
-    return schedule.grid[-1].cpu() * remaining ** (1 if stride == "linear" else 2)
+    return last * remaining ** (1 if stride == "linear" else 2)
 
 
 def ddim_noise_angles(logsnrs: Tensor, eta: float) -> Tensor:

@@ -26,12 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ddss_lightning.callbacks.quality import FeatureSpace
-from ddss_lightning.cli import command_line
+from ddss_lightning.cli import DDSSCommandLine, command_line
 from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
@@ -42,8 +41,8 @@ SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dp
 BATCH_SIZE = 500
 
 
-def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataModule, float]:
-    """`ddss fit` with the recipe; the best sampler goes to `output/sampler`."""
+def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSCommandLine, float]:
+    """`ddss fit` with the recipe; the best sampler goes to `output/sampler`. Its objects, and seconds."""
     started = time.time()
     flags = {
         "model.seed": seed,
@@ -53,7 +52,7 @@ def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSModule, ImageDataMo
         "ckpt_path": "last",
     }
     cli = command_line(["fit", "-c", recipe, *(f"--{name}={value}" for name, value in flags.items())])
-    return cli.model, cli.datamodule, time.time() - started
+    return cli, time.time() - started
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def score(
     for indices in torch.arange(num_images).split(BATCH_SIZE):
         key, samples = f"test/{seed}", indices.tolist()
         x_T, noise = held_out_noise(key, samples, module.denoiser.state_shape, sampler.num_steps)
-        images = to_pixels(sampler(module.denoiser.for_samples(key, samples), x_T, noise=noise))
+        images = module.generate(x_T, noise, sampler, module.denoiser.for_samples(key, samples))
         space.update(images, indices)
         first = first or [images[:64]]
     return space.compute(), first[0]
@@ -258,9 +257,8 @@ def main() -> None:
     if args.sampler:
         flags = ["--model.seed", str(args.seed), "--trainer.logger", "false"]
         cli = command_line(["-c", args.recipe, *flags], run=False)
-        module, datamodule = cli.model, cli.datamodule
         try:
-            module.load_sampler(sampler_folder(args.sampler))
+            cli.model.load_sampler(sampler_folder(args.sampler))
         except ValueError as error:
             parser.error(f"--sampler: {error}")
     else:
@@ -272,8 +270,10 @@ def main() -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             with replacing(begun) as partial:
                 partial.write_text(json.dumps(task))
-        module, datamodule, seconds = learn(args.recipe, args.seed, args.output)
+        cli, seconds = learn(args.recipe, args.seed, args.output)
         minutes = seconds / 60
+    # A fit ends on the CPU, wherever it was.
+    module, datamodule = cli.model.to(cli.trainer.strategy.root_device), cli.datamodule
     started = time.time()
     real = real_features(module, datamodule)
     results = compare(module, real, args.num_images, args.seed)

@@ -9,6 +9,7 @@ from safetensors.torch import load, load_file, save, save_file
 from ddss_lightning.coefficients import prediction_pair
 from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
 from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.solvers import stride_timesteps
 
 
 def move(sampler, scale=0.1):
@@ -317,3 +318,20 @@ def test_a_saved_sampler_with_nan_is_named(tmp_path, schedule):
         ValueError, match=r"The sampler in '.*s' is damaged: mu holds numbers that are not finite, 1 of 9\."
     ):
         GGDMSampler.from_pretrained(tmp_path / "s")
+
+
+@pytest.mark.parametrize("stride", ["linear", "logsnr"])
+def test_saved_samplers_from_before_strides_began_earlier_stay_what_they_were(tmp_path, stride):
+    cosine = NoiseSchedule.from_scheduler(DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"))
+    timesteps = stride_timesteps(cosine, 4, stride).tolist()
+    before = GGDMSampler(cosine, 4, timesteps=timesteps, stride=stride)
+    with torch.no_grad():
+        before.corrections["mu"] += 0.01
+    before.save_pretrained(tmp_path)
+    path = tmp_path / "sampler.json"
+    card = json.loads(path.read_text())
+    card["config"]["timesteps"] = None
+    path.write_text(json.dumps(card))
+    again = GGDMSampler.from_pretrained(tmp_path)
+    assert torch.equal(again.coefficients().mu, before.coefficients().mu)
+    assert again.timesteps()[0] == 999

@@ -598,6 +598,21 @@ def test_a_control_variate_is_of_all_of_the_teachers_images(tmp_path):
     assert values == pytest.approx([float(kid(module.loss.teacher.double(), module.loss.bank.double()))] * 2, rel=1e-4)
 
 
+def test_teacher_and_real_images_are_encoded_few_at_a_time_too(tmp_path):
+    sizes = set()
+    loss = WeightedSum({"teacher": TeacherLoss(distance="features"), "kid": KIDLoss(real="batch")})
+    module = make(
+        teacher=TeacherPairs(num_pairs=40, num_steps=3, cache_dir=str(tmp_path)), loss=loss, features_batch_size=5
+    )
+    module.log = lambda *_, **__: None
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(1))
+    module.features.register_forward_pre_hook(lambda _, images: sizes.add(len(images[0])))
+    module._loss_and_slopes(
+        [module.features(torch.zeros(4, 1, 8, 8))], torch.zeros(16, 1, 8, 8), torch.zeros(4, 1, 8, 8)
+    )
+    assert sizes == {5, 4, 1}
+
+
 def test_running_moments_and_moved_start_noise_resume_bit_for_bit(tmp_path):
     """In the middle of the pairs' second epoch."""
 

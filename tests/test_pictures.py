@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import torch
 
-from ddss_lightning.pictures import comparison_figure
+from ddss_lightning.pictures import comparison_figure, enlargement, thumbnails
 
 
 def test_grids_are_at_most_six_in_a_row_and_titles_do_not_overlap():
@@ -23,3 +23,15 @@ def test_few_grids_lie_in_one_row():
     figure = comparison_figure([("a", torch.zeros(1, 1, 8, 8))] * 3, "title")
     assert len(figure.axes) == 3
     assert tuple(figure.get_size_inches()) == (9, 3.5)
+
+
+def test_pictures_do_not_grow_with_the_images():
+    assert [enlargement(height) for height in (1, 8, 16, 32, 64, 512)] == [4, 4, 4, 2, 1, 1]
+    images = torch.zeros(2, 3, 256, 128)
+    images[:, :, :4] = 1.0
+    small = thumbnails(images)
+    assert small.shape == (2, 3, 64, 32)
+    assert small[0, 0, :, 0].tolist() == [1.0] + [0.0] * 63
+    assert thumbnails(small) is small
+    (axes,) = comparison_figure([("a", images)], "title").axes
+    assert axes.images[0].get_array().shape == (65, 8 * 33, 3)

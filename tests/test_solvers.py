@@ -1,13 +1,16 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddss_lightning.coefficients import Coefficients, marginals, without_rounding
+from ddss_lightning.denoisers import MixtureDenoiser
 from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.solvers import (
     STRIDES,
     anchor_formula,
     ddim_noise_angles,
+    first_timestep,
     ggdm_form,
     solver_form,
     stride_timesteps,
@@ -173,6 +176,41 @@ def test_strides(schedule):
         assert (t.diff() < 0).all()
     assert schedule.logsnr(stride_timesteps(schedule, 7, "logsnr")).diff().std() < 1e-9
     assert stride_timesteps(schedule, 2, "quadratic").tolist() == [999, 999 / 4]
+
+
+@pytest.fixture
+def cosine():
+    return NoiseSchedule.from_scheduler(DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"))
+
+
+def test_where_noise_is_predicted_no_call_is_made_at_hardly_any_signal(schedule, cosine):
+    assert first_timestep(schedule, "epsilon") == 999
+    assert first_timestep(cosine, "v_prediction") == 999
+    for stride in STRIDES:
+        sampler = GGDMSampler(cosine, 6, stride=stride)
+        assert sampler.logsnrs()[0].item() == pytest.approx(-5.1)
+        assert sampler.config["timesteps"] == pytest.approx(sampler.timesteps().tolist())
+        assert GGDMSampler(cosine, 6, stride=stride, prediction_type="v_prediction").timesteps()[0] == 999
+        assert GGDMSampler(schedule, 6, stride=stride).config["timesteps"] is None
+    unipc = {"class_path": "diffusers.UniPCMultistepScheduler", "set_timesteps": {"timesteps": "quadratic"}}
+    assert GGDMSampler(cosine, 6, anchor=unipc).timesteps()[0] == round(first_timestep(cosine, "epsilon"))
+
+
+@pytest.mark.parametrize("stride", ["linear", "quadratic"])
+def test_an_error_of_the_network_does_not_fill_the_image(cosine, stride):
+    """At the last timestep of cosine betas alpha is 5e-5, and the predicted image has 20,000 times the error."""
+    means = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    exact = MixtureDenoiser(means, 0.0, cosine)
+    x_T = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    @torch.no_grad()
+    def difference(**options):
+        sampler = GGDMSampler(cosine, 10, **options)
+        return (sampler(lambda x, t: 1.01 * exact(x, t), x_T) - sampler(exact, x_T)).abs().mean()
+
+    last = stride_timesteps(cosine, 10, stride).tolist()
+    assert difference(stride=stride) < 0.2
+    assert difference(timesteps=last) > 0.7
 
 
 def test_bad_arguments(schedule):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ddss_lightning.pictures import image_grid, mu_figure, save_figure, save_png, times_figure
+from ddss_lightning.pictures import enlargement, image_grid, mu_figure, save_figure, save_png, times_figure
 from ddss_lightning.sampling import SamplingModule
 
 
@@ -21,15 +21,15 @@ class SamplerPictures(Callback):
     Args:
         num_images: samples of the grid, taken from the first validation batch.
         columns: samples per row.
-        scale: enlargement of the pixels.
+        scale: enlargement of the pixels; default: see `enlargement`.
 
     Raises:
         ValueError: an argument below 1.
     """
 
-    def __init__(self, num_images: int = 64, columns: int = 16, scale: int = 4) -> None:
+    def __init__(self, num_images: int = 64, columns: int = 16, scale: int | None = None) -> None:
         for name, value in {"num_images": num_images, "columns": columns, "scale": scale}.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"pictures: {name} must be at least 1, got {value}.")
         self.num_images, self.columns, self.scale = num_images, columns, scale
         self.steps: list[int] = []
@@ -47,7 +47,8 @@ class SamplerPictures(Callback):
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         if batch_idx == 0 and trainer.is_global_zero:
-            self._grid = image_grid(outputs[: self.num_images], self.columns, self.scale)
+            scale = self.scale or enlargement(outputs.shape[-2])
+            self._grid = image_grid(outputs[: self.num_images], self.columns, scale)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The times of the initial sampler."""

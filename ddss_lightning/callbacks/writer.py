@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddss_lightning.features.base import finite
 from ddss_lightning.images import to_uint8
-from ddss_lightning.pictures import image_grid, save_png
+from ddss_lightning.pictures import enlargement, image_grid, save_png
 
 
 class ImageWriter(Callback):
@@ -22,16 +22,18 @@ class ImageWriter(Callback):
     Args:
         output_dir: a folder that does not exist or is empty.
         columns: images per row of the grid, and rows, at most; at least 1.
-        scale: enlargement of the grid's pixels, at least 1.
+        scale: enlargement of the grid's pixels, at least 1; default: see `enlargement`.
         overwrite: allow a folder that holds files; images of such names are deleted first, all others stay.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, output_dir: str = "samples", columns: int = 8, scale: int = 4, overwrite: bool = False) -> None:
+    def __init__(
+        self, output_dir: str = "samples", columns: int = 8, scale: int | None = None, overwrite: bool = False
+    ) -> None:
         for name, value in {"columns": columns, "scale": scale}.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"images.{name} must be at least 1, got {value}.")
         self.output_dir, self.columns, self.scale, self.overwrite = output_dir, columns, scale, overwrite
         self._grid: list[Tensor] = []
@@ -92,7 +94,9 @@ class ImageWriter(Callback):
         written = torch.tensor([self._written, self._not_finite], device=pl_module.device)
         total, not_finite = trainer.strategy.reduce(written, reduce_op="sum").tolist()
         if trainer.is_global_zero and any(len(images) for images in self._grid):
-            save_png(image_grid(torch.cat(self._grid), self.columns, self.scale), Path(self.output_dir, "grid.png"))
+            images = torch.cat(self._grid)
+            scale = self.scale or enlargement(images.shape[-2])
+            save_png(image_grid(images, self.columns, scale), Path(self.output_dir, "grid.png"))
             rank_zero_info(f"{total} images and grid.png are in '{self.output_dir}'")
         if not_finite:
             raise ValueError(

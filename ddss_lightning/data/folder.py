@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ class FolderImages(Dataset[Tensor]):
     They are turned as their EXIF data say; what is transparent becomes white; 16 bits a pixel become 8.
 
     Args:
-        root: the folder; subfolders are included.
+        root: the folder; subfolders are included, linked ones too, what is hidden (`.name`) is not.
         image_size: height = width of the result, pixels.
         image_channels: 1 (grey) or 3 (RGB).
 
@@ -40,9 +42,7 @@ class FolderImages(Dataset[Tensor]):
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         if not Path(root).is_dir():
             raise ValueError(f"There is no image folder '{root}'; give the folder that holds the real images.")
-        # Hidden files are no images, such as those that macOS leaves in archives.
-        files = (path for path in Path(root).rglob("*") if not path.name.startswith("."))
-        self.files = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        self.files = sorted(path for path in _files(Path(root)) if path.suffix.lower() in SUFFIXES)
         if not self.files:
             raise ValueError(f"'{root}' holds no image file ({', '.join(sorted(SUFFIXES))}).")
         self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[image_channels]
@@ -63,6 +63,18 @@ class FolderImages(Dataset[Tensor]):
         resized = square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(resized)).float() / 127.5 - 1
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a folder; not hidden ones, nor those in hidden folders, which macOS, Jupyter and others leave."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        # A link to a folder above would have no end.
+        place = os.path.realpath(folder)
+        subfolders[:] = [] if place in seen else [name for name in subfolders if not name.startswith(".")]
+        if place not in seen:
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
+        seen.add(place)
 
 
 def _opaque(image: Image) -> Image:

@@ -92,7 +92,9 @@ class TextDenoiser(DiffusersDenoiser):
         super().__init__(unet, schedule, prediction_type, name, vae=vae)
         # No buffers: thousands of prompts stay in main memory, and are not part of the fingerprint.
         self._prompts = {key: rows.detach().cpu() for key, rows in prompts.items()}
-        self._negative = {key: rows.detach()[:1].cpu() for key, rows in negative.items()}
+        # A copy: a view would keep the rows of all prompts.
+        self._negative = {key: rows.detach()[:1].cpu().clone() for key, rows in negative.items()}
+        self._prompts_digest = self._digest_of_prompts()
         self.guidance_scale = guidance_scale
 
     @classmethod
@@ -144,12 +146,16 @@ class TextDenoiser(DiffusersDenoiser):
 
     def settings(self) -> dict[str, Any]:
         """Besides those of any latent model: the guidance scale, and a digest of what the prompts were encoded to."""
+        return {**super().settings(), "prompts": self._prompts_digest}
+
+    def _digest_of_prompts(self) -> str:
         digest = hashlib.sha256()
         for name in self._prompts:
             for part, rows in (("prompt", self._prompts), ("negative", self._negative)):
                 value = rows[name].float().contiguous()
-                digest.update(f"{part}_{name}{tuple(value.shape)}".encode() + value.numpy().tobytes())
-        return {**super().settings(), "prompts": digest.hexdigest()[:16]}
+                digest.update(f"{part}_{name}{tuple(value.shape)}".encode())
+                digest.update(value.flatten().numpy().data)
+        return digest.hexdigest()[:16]
 
     def _conditions(self, which: Tensor) -> Conditions:
         return {name: rows[which] for name, rows in self._prompts.items()}
@@ -258,4 +264,4 @@ def encode_prompts(
         ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=shown["text_embeds"].dtype)
         shown["time_ids"] = ids.expand(len(prompts), -1)
         negative["time_ids"] = ids
-    return shown, {name: rows[:1] for name, rows in negative.items()}
+    return shown, {name: rows[:1].clone() for name, rows in negative.items()}

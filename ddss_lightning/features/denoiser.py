@@ -57,13 +57,14 @@ class DenoiserFeatures(FeatureExtractor):
             )
         self.denoiser = denoiser.unguided()
         self.image_shape = denoiser.image_shape
-        time = denoiser.schedule.timestep(torch.tensor(logsnr, dtype=torch.float64))
+        device = denoiser.schedule.table.device
+        time = denoiser.schedule.timestep(torch.tensor(logsnr, dtype=torch.float64, device=device))
         # Part of the fingerprint.
         self.register_buffer("timestep", time.float())
         self._scale = float(denoiser.schedule.alpha_sigma(time)[0])
         self.freeze()
         with torch.no_grad():
-            self.num_features = self(torch.zeros(1, *self.image_shape, dtype=self.dtype)).shape[1]
+            self.num_features = self(torch.zeros(1, *self.image_shape, dtype=self.dtype, device=device)).shape[1]
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str, logsnr: float = 1.75) -> DenoiserFeatures:

@@ -42,7 +42,7 @@ class FrechetResidual:
         real = real.detach().double()
         self.scale = float(real.square().mean().sqrt())
         real = real / self.scale
-        eigenvalues, vectors = torch.linalg.eigh(torch.cov(real.T))
+        eigenvalues, vectors = torch.linalg.eigh(torch.cov(real.T).reshape(real.shape[1], -1))
         self.eigenvalues, self.vectors = eigenvalues[-rank:], vectors[:, -rank:]
         self.mean = real.mean(0) @ self.vectors
         self.rank = len(self.mean)

@@ -20,7 +20,7 @@ from ddss_lightning.metrics.base import check_real
 def gaussian_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Sample mean, shape (d,), and unbiased covariance, shape (d, d), of features of shape (N, d), in float64."""
     features = features.double()
-    return features.mean(dim=0), features.T.cov()
+    return features.mean(dim=0), features.T.cov().reshape(features.shape[1], -1)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,22 @@ def test_hidden_files_are_no_images_and_tiff_are(tmp_path):
     assert len(ImageFolderDataModule(str(tmp_path), image_size=4).real_images()) == 1
 
 
+def test_hidden_folders_are_left_out_and_linked_ones_are_not(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for path in (
+        root / "a" / "1.png",
+        root / ".ipynb_checkpoints" / "1-checkpoint.png",
+        other / "2.png",
+        other / "3.png",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (root / "b").symlink_to(other)
+    (root / "a" / "loop").symlink_to(root)
+    files = ImageFolderDataModule(str(root), image_size=4).real_images().files
+    assert [str(path.relative_to(root)) for path in files] == ["a/1.png", "b/2.png", "b/3.png"]
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="holds no image file"):
         ImageFolderDataModule(str(tmp_path), image_size=4).setup()

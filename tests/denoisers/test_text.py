@@ -89,6 +89,9 @@ def folder(request, tmp_path_factory):
 def test_the_images_are_those_of_the_pipeline(folder, negative):
     denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0, negative_prompt=negative)
     assert (denoiser.state_shape, denoiser.image_shape, denoiser.num_conditions) == ((4, 8, 8), (3, 16, 16), 3)
+    # No view of the rows of all prompts.
+    kept = denoiser._negative["encoder_hidden_states"]
+    assert kept.untyped_storage().nbytes() == kept.nbytes
     sampler = GGDMSampler(denoiser.schedule, 4, prediction_type=denoiser.prediction_type)
     third = {"text_encoder_3": None, "tokenizer_3": None} if "pooled_projections" in denoiser._prompts else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, **third)

@@ -106,3 +106,12 @@ def test_bad_files(tmp_path, real):
         ReferenceStatistics.from_features(real)
     with pytest.raises(ValueError, match="at least 2 real images"):
         ReferenceStatistics.from_features(real[:1])
+
+
+def test_a_space_of_one_number():
+    """(m - m')^2 + (s - s')^2."""
+    x, y = (
+        torch.randn(50, 1, generator=torch.Generator().manual_seed(seed)) * scale for seed, scale in ((0, 1), (1, 3))
+    )
+    expected = (x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2
+    assert distance(x, y) == pytest.approx(float(expected), rel=1e-4)
