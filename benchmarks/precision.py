@@ -70,7 +70,7 @@ def main() -> None:
         for precision in PRECISIONS
     }
     lines = [
-        f"FID of 10,000 images of the test noise of each seed, network in float32; {given.max_steps} steps of Adam on "
+        f"FID of 10,000 images of the test noise of each seed, network in float32; {given.max_steps} steps on "
         "batches of 512. In brackets: FID of 2,000 images of validation noise, start and best.",
         "",
         f"| precision of learning | {' | '.join(f'seed {seed}' for seed in given.seeds)} | mean |",
