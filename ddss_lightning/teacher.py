@@ -137,6 +137,8 @@ class TeacherPairs:
         """What the coefficients follow from: they themselves differ in the last digits between machines."""
         config = dict(self.sampler(denoiser).config)
         anchor = config["anchor"]
+        if config["timesteps"] is not None:
+            config["timesteps"] = [round(timestep, 3) for timestep in config["timesteps"]]
         if isinstance(anchor, dict) and "class_path" in anchor:
             import diffusers
 

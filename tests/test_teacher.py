@@ -166,3 +166,9 @@ def test_images_are_found_again_on_another_processor(pairs, mixture, schedule):
             other.logit() / 2, NoiseSchedule.from_scheduler(DDPMScheduler(beta_end=0.02002)).table,
         ))  # fmt: skip
         assert each.folder(near) == each.folder(mixture) != each.folder(far)
+    # Where the first call is at a log-SNR, and no trained timestep.
+    cosine = NoiseSchedule.from_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    shifted = NoiseSchedule(cosine.table * (1 + 2**-23))
+    first, second = (MixtureDenoiser(mixture.means, mixture.std, each) for each in (cosine, shifted))
+    assert pairs.sampler(first).config["timesteps"] != pairs.sampler(second).config["timesteps"]
+    assert pairs.folder(first) == pairs.folder(second)
