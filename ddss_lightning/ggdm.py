@@ -494,10 +494,11 @@ class GGDMSampler(nn.Module):
 
 def _with_timesteps(config: dict[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
     """A saved configuration. Before `first_timestep` was, strides began at the last one, and none were written down."""
-    is_formula = isinstance(config["anchor"], str) and config["timesteps"] is None
-    if not is_formula or first_timestep(schedule, config["prediction_type"]) == schedule.grid[-1]:
+    is_formula = isinstance(config.get("anchor", ""), str) and config.get("timesteps") is None
+    if not is_formula or first_timestep(schedule, config.get("prediction_type", "epsilon")) == schedule.grid[-1]:
         return config
-    return {**config, "timesteps": stride_timesteps(schedule, config["num_steps"], config["stride"]).tolist()}
+    initial = stride_timesteps(schedule, config["num_steps"], config.get("stride", "linear"))
+    return {**config, "timesteps": initial.tolist()}
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -39,7 +39,7 @@ def first_timestep(schedule: NoiseSchedule, prediction_type: str) -> float:
     """
     if prediction_type != "epsilon" or schedule.scaling != "vp" or schedule.table[-1] >= LOWEST_LOGSNR:
         return float(schedule.grid[-1])
-    return float(schedule.timestep(torch.tensor(LOWEST_LOGSNR, dtype=torch.float64)))
+    return float(schedule.timestep(schedule.table.new_tensor(LOWEST_LOGSNR)))
 
 
 def stride_timesteps(schedule: NoiseSchedule, num_steps: int, stride: Stride, first: float | None = None) -> Tensor:
