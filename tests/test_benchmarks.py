@@ -28,7 +28,8 @@ def test_learning_step(monkeypatch, tmp_path):
     assert [row.split(" | ")[:2] for row in rows] == [
         [f"| {k}", remat] for k in (2, 4) for remat in ("none", "denoiser")
     ]
-    assert all(row["forwards_ms"] > 0 and row["bare_ms"] > row["forwards_ms"] for row in result["rows"])
+    # What is timed is not asserted: other work on the machine would decide.
+    assert all(row["to_bare"] == pytest.approx(row["step_ms"] / row["bare_ms"], abs=0.01) for row in result["rows"])
 
 
 def test_memory_grows_with_calls_but_for_those_that_are_made_again(monkeypatch, tmp_path):
@@ -41,12 +42,15 @@ def test_memory_grows_with_calls_but_for_those_that_are_made_again(monkeypatch, 
 def test_sampling(monkeypatch, tmp_path):
     rows, result = rows_of(monkeypatch, tmp_path, "sampling", *CHAIN)
     assert len(rows) == 2
-    assert all(row["network"] > row["besides"] > 0 for row in result["milliseconds"])
+    assert [row["calls"] for row in result["milliseconds"]] == [2, 4]
+    assert all(
+        {"network", "besides", "UniPCMultistepScheduler besides"} <= row.keys() for row in result["milliseconds"]
+    )
 
 
 def test_frechet_distance_is_torchmetrics_own(monkeypatch, tmp_path):
-    rows, _ = rows_of(monkeypatch, tmp_path, "fid", "--num", "300", "--features", "16")
-    assert rows
+    _, result = rows_of(monkeypatch, tmp_path, "fid", "--num", "300", "--features", "16")
+    assert result["relative_difference"] < 1e-6
 
 
 @pytest.mark.slow
