@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.denoisers.calls import Conditions, sizes_of, type_of
 from ddss_lightning.denoisers.pipelines import check_path, load_parts, loading
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
@@ -21,9 +22,6 @@ CLASSES_NAME = "classes.json"
 # Modes of `torch.compile` that record CUDA graphs: each call writes where the last one wrote.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 MODES = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
-
-# What a network is shown besides state and time: by the name of its argument, one row an image.
-Conditions = dict[str, Tensor]
 
 
 class DiffusersDenoiser(Denoiser):
@@ -71,11 +69,10 @@ class DiffusersDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         config: Any = unet.config
-        # A DiT without `out_channels` has as many.
-        out_channels = config.get("out_channels") or config.in_channels
-        if out_channels not in (config.in_channels, 2 * config.in_channels):
+        in_channels, out_channels, size = sizes_of(unet)
+        if out_channels not in (in_channels, 2 * in_channels):
             raise ValueError(
-                f"The network maps {config.in_channels} channels to {out_channels}; it must be to as many, or, "
+                f"The network maps {in_channels} channels to {out_channels}; it must be to as many, or, "
                 "with a learned variance, to twice as many. Models with conditioning channels are not supported."
             )
         if config.get("time_embedding_type") == "learned":
@@ -84,14 +81,13 @@ class DiffusersDenoiser(Denoiser):
                 "real-valued; wrap it in a subclass of ddss_lightning.Denoiser that rounds them, and learn neither "
                 "`time` nor `logsnr`."
             )
-        size = config.sample_size
         if not size:
             raise ValueError("The network's configuration does not say its sample_size; set it to the images' height.")
         height, width = (size, size) if isinstance(size, int) else size
         self.unet = unet.to(memory_format=torch.channels_last)
         self.schedule = schedule
         self.prediction_type = prediction_type
-        self._state_shape = (config.in_channels, height, width)
+        self._state_shape = (in_channels, height, width)
         self.vae = vae
         self.image_shape = self._state_shape if vae is None else _decoded_shape(vae, self._state_shape)
         self.name = name
@@ -291,7 +287,7 @@ class DiffusersDenoiser(Denoiser):
             )
         if self.shown is None or scale is None or scale == 0:
             return self._call(x_t, timestep, nothing)
-        shown = {name: rows.to(x_t.device, _type_of(rows, x_t)) for name, rows in self.shown.items()}
+        shown = {name: rows.to(x_t.device, type_of(rows, x_t)) for name, rows in self.shown.items()}
         given = len(next(iter(shown.values())))
         if given != len(x_t):
             raise ValueError(f"The conditions of {given} images were given for a batch of {len(x_t)}.")
@@ -309,11 +305,6 @@ class DiffusersDenoiser(Denoiser):
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
         return output
-
-
-def _type_of(rows: Tensor, x_t: Tensor) -> torch.dtype:
-    """Labels stay integers; all else has the states' type."""
-    return x_t.dtype if rows.is_floating_point() else rows.dtype
 
 
 def _latent_moments(config: Any) -> list[list[float]] | None:  # noqa: ANN401
@@ -339,8 +330,9 @@ def _labels_of(config: Any, null_label: int | None) -> tuple[int, int | None]:  
         ValueError: a null label that it does not have.
     """
     num_labels = config.get("num_class_embeds") or 0
-    # A DiT counts its classes; the label after the last stands for none.
-    if classes := config.get("num_embeds_ada_norm"):
+    # A DiT counts its classes; the label after the last stands for none. PixArt has such a number, but is shown texts.
+    classes = config.get("num_embeds_ada_norm")
+    if classes and config.get("caption_channels") is None:
         num_labels = classes + 1
         null_label = classes if null_label is None else null_label
     if null_label is not None and not 0 <= null_label < num_labels:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ddss_lightning.files import not_here
 
-SHOWN_TEXTS = ("UNet2DConditionModel", "SD3Transformer2DModel")
+SHOWN_TEXTS = ("UNet2DConditionModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
 # Transformer2DModel: what older pipelines call a DiT.
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")
 

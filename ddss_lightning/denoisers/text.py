@@ -1,20 +1,22 @@
-"""Text-to-image models saved by the diffusers library: Stable Diffusion, SDXL, Stable Diffusion 3."""
+"""Text-to-image models saved by the diffusers library: Stable Diffusion 1 to 3 and XL, PixArt, Flux."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ddss_lightning.denoisers.diffusers import Conditions, DiffusersDenoiser, check_mode
+from ddss_lightning.denoisers.calls import Conditions, call, type_of
+from ddss_lightning.denoisers.diffusers import DiffusersDenoiser, check_mode
 from ddss_lightning.denoisers.pipelines import check_path, loading, read_config
+from ddss_lightning.denoisers.prompts import ENCODERS, encode_prompts, read_prompts
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
-PIPELINES: dict[str, dict[str, Any]] = {
+# What is not needed of a pipeline.
+LEFT_OUT: dict[str, dict[str, Any]] = {
     # The checker looks at finished images; learning needs those that it would black out, too.
     "StableDiffusionPipeline": {
         "safety_checker": None,
@@ -22,12 +24,9 @@ PIPELINES: dict[str, dict[str, Any]] = {
         "image_encoder": None,
         "requires_safety_checker": False,
     },
-    "StableDiffusionXLPipeline": {},
     "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
+    "FluxPipeline": {"feature_extractor": None, "image_encoder": None},
 }
-BATCH = 32
-# What a `UNet2DConditionModel` takes by `added_cond_kwargs`.
-ADDED = ("text_embeds", "time_ids")
 
 
 class TextDenoiser(DiffusersDenoiser):
@@ -37,15 +36,19 @@ class TextDenoiser(DiffusersDenoiser):
 
     The prompts take turns over the samples (see `for_samples`): the sampler is learned for all of them at once. They
     are encoded once, on the CPU, by the pipeline's own text encoders, which are not kept; the encoded ones stay in
-    main memory (Stable Diffusion 1: 0.2 MB a prompt, XL: 0.6, 3: 5.5), from which those of a batch are fetched. A call
-    costs two evaluations of the network, or one at a scale of 1, which is no guidance (diffusers takes anything below
-    for 1, too).
+    main memory (Stable Diffusion 1: 0.2 MB a prompt, XL: 0.6, PixArt: 2 to 5, 3: 5.5, Flux: 8.4), from which those of a
+    batch are fetched. A call costs two evaluations of the network, or one at a scale of 1, which is no guidance
+    (diffusers takes anything below for 1, too). A network that was distilled to be told its guidance, as Flux's
+    "dev" one was, is told w, and costs one evaluation.
 
     Args:
-        unet: a `UNet2DConditionModel` or `SD3Transformer2DModel`.
+        unet: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `PixArtTransformer2DModel` or
+            `FluxTransformer2DModel`.
         schedule: the noise schedule it was trained with.
         prompts: what it is shown, by the names `encoder_hidden_states`, shape (P, L, D), for SDXL `text_embeds`,
-            shape (P, D'), and `time_ids`, shape (P, 6), for Stable Diffusion 3 `pooled_projections`, shape (P, D').
+            shape (P, D'), and `time_ids`, shape (P, 6), for Stable Diffusion 3 and Flux `pooled_projections`, shape
+            (P, D'), for PixArt `encoder_attention_mask`, shape (P, L), and, if it uses them, `resolution`, shape
+            (P, 2), and `aspect_ratio`, shape (P, 1).
         negative: the same for no prompt, one row each.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
@@ -95,39 +98,54 @@ class TextDenoiser(DiffusersDenoiser):
         # A copy: a view would keep the rows of all prompts.
         self._negative = {key: rows.detach()[:1].cpu().clone() for key, rows in negative.items()}
         self._prompts_digest = self._digest_of_prompts()
-        self.guidance_scale = guidance_scale
+        self._image_size: int | None = None
+        # A network that is told its guidance needs no second evaluation.
+        self._told = guidance_scale if config.get("guidance_embeds") else None
+        self.guidance_scale = 1.0 if config.get("guidance_embeds") else guidance_scale
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_path: str,
         prompts: str | Sequence[str],
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         compile_mode: str | None = None,
+        image_size: int | None = None,
         **kwargs: str,
     ) -> TextDenoiser:
-        """Load a Stable Diffusion pipeline from a folder or the Hugging Face hub, and encode the prompts.
+        """Load a text-to-image pipeline from a folder or the Hugging Face hub, and encode the prompts.
 
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
             prompts: a text file with a prompt in each line (empty lines are left out), or the prompts.
-            guidance_scale: w, at least 1.
+            guidance_scale: w, at least 1; default: that of the pipeline (Stable Diffusion 7.5, XL 5, 3 7, PixArt 4.5,
+                Flux 3.5, or 1 where its network is not told).
             negative_prompt: what to guide away from; default: nothing, as the pipeline encodes it.
             compile_mode: as in `DiffusersDenoiser.from_pretrained`.
+            image_size: height and width of the images; default: those that the model was trained for. Give the
+                pipeline the same.
             **kwargs: passed to diffusers, such as `revision` or `variant`.
 
         Raises:
-            ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode.
+            ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode, a size
+                that the latents cannot have, a negative prompt for a network that is told its guidance.
         """
         pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
-        texts = _read_prompts(prompts)
+        texts = read_prompts(prompts)
         with loading(pretrained_path):
             pipeline = _load_pipeline(pretrained_path, kwargs)
+            network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+            if image_size is not None:
+                network.register_to_config(sample_size=_latent_size(pipeline, image_size))
+            if negative_prompt is not None and network.config.get("guidance_embeds"):
+                raise ValueError("its network is told its guidance, and is not guided away from a negative_prompt")
             shown, negative = encode_prompts(pipeline, texts, negative_prompt)
+        if guidance_scale is None:
+            guidance_scale = _default_scale(pipeline)
         denoiser = cls(
-            _network_of(pipeline),
+            network,
             NoiseSchedule.from_scheduler(pipeline.scheduler),
             shown,
             negative,
@@ -136,6 +154,7 @@ class TextDenoiser(DiffusersDenoiser):
             pipeline.vae,
             guidance_scale,
         )
+        denoiser._image_size = image_size
         denoiser.compiled(compile_mode)
         return denoiser
 
@@ -145,8 +164,12 @@ class TextDenoiser(DiffusersDenoiser):
         return len(self._prompts["encoder_hidden_states"])
 
     def settings(self) -> dict[str, Any]:
-        """Besides those of any latent model: the guidance scale, and a digest of what the prompts were encoded to."""
-        return {**super().settings(), "prompts": self._prompts_digest}
+        """Besides those of any latent model: the guidance scale, a digest of what the prompts were encoded to, and the
+        size of the images where it was chosen.
+        """
+        scale = self.guidance_scale if self._told is None else self._told
+        found = {**super().settings(), "guidance_scale": scale, "prompts": self._prompts_digest}
+        return found if self._image_size is None else {**found, "image_size": self._image_size}
 
     def _digest_of_prompts(self) -> str:
         digest = hashlib.sha256()
@@ -161,46 +184,37 @@ class TextDenoiser(DiffusersDenoiser):
         return {name: rows[which] for name, rows in self._prompts.items()}
 
     def _nothing(self, x_t: Tensor) -> Conditions:
-        return {name: rows.to(x_t).expand(len(x_t), *rows.shape[1:]) for name, rows in self._negative.items()}
+        return {
+            name: rows.to(x_t.device, type_of(rows, x_t)).expand(len(x_t), *rows.shape[1:])
+            for name, rows in self._negative.items()
+        }
 
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        own = {name: rows for name, rows in conditions.items() if name in ADDED}
-        rest: dict[str, Any] = {name: rows for name, rows in conditions.items() if name not in ADDED}
-        if own:
-            rest["added_cond_kwargs"] = own
-        output: Tensor = self.unet(x_t, timestep=timestep, return_dict=False, **rest)[0]
-        return output
+        if self._told is not None:
+            conditions = {**conditions, "guidance": x_t.new_full((len(x_t),), self._told)}
+        return call(self.unet, x_t, timestep, conditions)
 
 
-def _read_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """The prompts of a text file, or as they are.
+def _latent_size(pipeline: Any, image_size: int) -> int:  # noqa: ANN401 - one of diffusers' classes
+    """Height and width of the latents of such images.
 
     Raises:
-        ValueError: no such file, or no prompt.
+        ValueError: a size that they cannot have.
     """
-    if isinstance(prompts, str):
-        try:
-            # Editors of Windows mark such files at their beginning.
-            texts = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"The prompts in '{prompts}' are not a text in UTF-8 ({error}).") from error
-        except OSError as error:
-            raise ValueError(
-                f"No prompts could be read from '{prompts}' ({error.strerror}); give a text file with one in each "
-                "line, or a list."
-            ) from error
-    else:
-        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"Prompts are a text file with one in each line, or a list of texts, got {prompts!r}.")
-        texts = list(prompts)
-    found = [text.strip() for text in texts if text.strip()]
-    if not found:
-        raise ValueError(f"There is no prompt in {prompts!r}; give at least one.")
-    return found
+    # Flux puts patches of 2x2 into a sequence before its network sees them.
+    is_flux = type(pipeline).__name__ == "FluxPipeline"
+    network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    of = pipeline.vae_scale_factor * (2 if is_flux else network.config.get("patch_size") or 1)
+    if image_size < 1 or image_size % of:
+        raise ValueError(f"image_size must be a multiple of {of}, got {image_size}")
+    return int(image_size // pipeline.vae_scale_factor)
 
 
-def _network_of(pipeline: Any) -> Any:  # noqa: ANN401 - one of diffusers' classes
-    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+def _default_scale(pipeline: Any) -> float:  # noqa: ANN401 - one of diffusers' classes
+    """The guidance scale of a pipeline that is not told one."""
+    if type(pipeline).__name__ == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+        return 1.0
+    return float(inspect.signature(pipeline.__call__).parameters["guidance_scale"].default)
 
 
 def _load_pipeline(path: str, kwargs: dict[str, str]) -> Any:  # noqa: ANN401 - one of diffusers' classes
@@ -208,60 +222,13 @@ def _load_pipeline(path: str, kwargs: dict[str, str]) -> Any:  # noqa: ANN401 - 
 
     index = read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}
     name = index.get("_class_name", "")
-    if name not in PIPELINES:
+    if name not in ENCODERS:
         raise ValueError(
-            f"it is a '{name}', not one of {', '.join(PIPELINES)}; a model of another kind becomes usable by "
+            f"it is a '{name}', not one of {', '.join(ENCODERS)}; a model of another kind becomes usable by "
             "subclassing ddss_lightning.Denoiser"
         )
-    left_out = PIPELINES[name]
+    left_out = LEFT_OUT.get(name, {})
     if index.get("text_encoder_3", (None, None))[1] is None and name == "StableDiffusion3Pipeline":
         # Its largest text encoder can be left out when it is saved, and has to be when it is loaded.
         left_out = {**left_out, "text_encoder_3": None, "tokenizer_3": None}
     return getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **left_out, **kwargs)
-
-
-@torch.no_grad()
-def encode_prompts(
-    pipeline: Any,  # noqa: ANN401 - one of diffusers' classes
-    prompts: Sequence[str],
-    negative_prompt: str | None = None,
-) -> tuple[Conditions, Conditions]:
-    """What the network of a pipeline is shown for these texts, and for none.
-
-    Args:
-        pipeline: one of `PIPELINES`, in float32.
-        prompts: at least one.
-        negative_prompt: None: what the pipeline shows when it is given none.
-
-    Returns:
-        By the names of the network's arguments: a row for each prompt, and one row; see `TextDenoiser`.
-    """
-    from rich.progress import track
-
-    is_third = hasattr(pipeline, "text_encoder_3")
-    others = {"prompt_2": None, "prompt_3": None} if is_third else {}
-    parts: list[tuple[Tensor, ...]] = []
-    starts = range(0, len(prompts), BATCH)
-    for start in track(starts, f"encoding {len(prompts)} prompts", disable=len(starts) == 1):
-        texts = list(prompts[start : start + BATCH])
-        parts.append(
-            pipeline.encode_prompt(
-                prompt=texts,
-                **others,
-                device=torch.device("cpu"),
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
-            )
-        )
-    # (prompt, negative), or (prompt, negative, pooled prompt, pooled negative).
-    encoded = [torch.cat(each) for each in zip(*parts, strict=True)]
-    names = ("encoder_hidden_states", "pooled_projections" if is_third else "text_embeds")
-    shown, negative = dict(zip(names, encoded[0::2], strict=False)), dict(zip(names, encoded[1::2], strict=False))
-    if "text_embeds" in shown:
-        size = _network_of(pipeline).config.sample_size * pipeline.vae_scale_factor
-        # Height and width of the original, where it was cut, height and width asked for.
-        ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=shown["text_embeds"].dtype)
-        shown["time_ids"] = ids.expand(len(prompts), -1)
-        negative["time_ids"] = ids
-    return shown, {name: rows[:1].clone() for name, rows in negative.items()}

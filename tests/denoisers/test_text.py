@@ -1,6 +1,7 @@
 """Text-to-image models: the images of diffusers' own pipelines, and a sampler that learns for them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +10,32 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from lightning.pytorch import LightningDataModule, Trainer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from ddss_lightning import DDSSModule, GGDMSampler, RandomFeatures, TeacherLoss, TeacherPairs
 from ddss_lightning.denoisers import DiffusersDenoiser, TextDenoiser
-from ddss_lightning.denoisers.text import _read_prompts, encode_prompts
+from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.scheduler import GGDMScheduler
@@ -47,10 +63,65 @@ def text_encoder(kind, hidden_size=16):
     return kind(config).eval()
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3"])
+def t5():
+    """Tokenizer and encoder."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "abc": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(3)
+    config = T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return (
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
+        T5EncoderModel(config).eval(),
+    )
+
+
+def pixart(kind, scheduler, **options):
+    """The pipeline of a transformer that predicts its variance, too."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_layers=1, patch_size=2, attention_head_dim=12, num_attention_heads=2, in_channels=4, out_channels=8,
+        cross_attention_dim=24, caption_channels=16, norm_num_groups=1, **options,
+    ).eval()  # fmt: skip
+    # They start at zero, and would not see the texts' lengths or the image's.
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    words, encoder = t5()
+    return kind(tokenizer=words, text_encoder=encoder, vae=tiny_vae(), transformer=transformer, scheduler=scheduler)
+
+
+def flux(folder, *, told):
+    """The pipeline, with images of 16 pixels unless another size is asked for."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=told,
+    ).eval()  # fmt: skip
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.1)
+    words, encoder = t5()
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, text_encoder(CLIPTextModel),
+        tokenizer(folder / "words"), encoder, words, transformer,
+    )  # fmt: skip
+
+
+KINDS = ["sd", "sdxl", "sd3", "pixart", "pixart sizes", "flux", "flux told"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
     """A pipeline with tiny networks, as `save_pretrained` writes it."""
-    path = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    if request.param.startswith(("pixart", "flux")):
+        scheduler = DDIMScheduler(clip_sample=False, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+        if request.param == "pixart":
+            pipeline = pixart(PixArtSigmaPipeline, scheduler, sample_size=8)
+        elif request.param == "pixart sizes":
+            pipeline = pixart(PixArtAlphaPipeline, scheduler, sample_size=128)
+        else:
+            pipeline = flux(path, told=request.param == "flux told")
+        pipeline.save_pretrained(path / "pipeline")
+        return str(path / "pipeline")
     second = {
         "tokenizer_2": tokenizer(path / "more words"),
         "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 8),
@@ -85,25 +156,49 @@ def folder(request, tmp_path_factory):
     return str(path / "pipeline")
 
 
+def is_large(folder):
+    """Flux does not say how large its images are, 128 pixels of latents; this size of PixArt is told the size."""
+    return "flux" in folder or "sizes" in folder
+
+
+def loaded(folder, prompts=PROMPTS, **options):
+    """The model, for images of 16 pixels."""
+    options |= {"image_size": 16} if is_large(folder) else {}
+    return TextDenoiser.from_pretrained(folder, prompts, **options)
+
+
 @pytest.mark.parametrize("negative", [None, "b"])
 def test_the_images_are_those_of_the_pipeline(folder, negative):
-    denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0, negative_prompt=negative)
+    if negative and "flux-told" in folder:
+        with pytest.raises(ValueError, match="is told its guidance, and is not guided away from a negative_prompt"):
+            loaded(folder, guidance_scale=3.0, negative_prompt=negative)
+        return
+    denoiser = loaded(folder, guidance_scale=3.0, negative_prompt=negative)
+    assert denoiser.evaluations_per_call == (1 if "flux-told" in folder else 2)
+    assert denoiser.settings()["guidance_scale"] == 3.0
+    assert "null_label" not in denoiser.settings()
     assert (denoiser.state_shape, denoiser.image_shape, denoiser.num_conditions) == ((4, 8, 8), (3, 16, 16), 3)
     # No view of the rows of all prompts.
     kept = denoiser._negative["encoder_hidden_states"]
     assert kept.untyped_storage().nbytes() == kept.nbytes
     sampler = GGDMSampler(denoiser.schedule, 4, prediction_type=denoiser.prediction_type)
-    third = {"text_encoder_3": None, "tokenizer_3": None} if "pooled_projections" in denoiser._prompts else {}
+    third = {"text_encoder_3": None, "tokenizer_3": None} if "sd3" in folder else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, **third)
     pipeline.scheduler = GGDMScheduler.from_sampler(sampler)
     pipeline.set_progress_bar_config(disable=True)
     indices = [4, 0, 7, 5]
     texts = [PROMPTS[i] for i in take_turns("test/0", indices, 3)]
     x_T = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = {"negative_prompt": None if negative is None else [negative] * 4}
+    latents = x_T
+    if "pixart" in folder:
+        own = {"negative_prompt": negative or "", "use_resolution_binning": False}
+    if "flux" in folder:
+        latents = pipeline._pack_latents(x_T, 4, 4, 8, 8)
+        own = {} if "told" in folder else {"negative_prompt": [negative or ""] * 4, "true_cfg_scale": 3.0}
     images = pipeline(
-        texts, negative_prompt=None if negative is None else [negative] * 4, guidance_scale=3.0, num_inference_steps=4,
-        latents=x_T, output_type="np", height=16, width=16,
-    ).images  # fmt: skip
+        texts, guidance_scale=3.0, num_inference_steps=4, latents=latents, output_type="np", height=16, width=16, **own
+    ).images
     with torch.no_grad():
         ours = denoiser.decode(sampler(denoiser.for_samples("test/0", indices), x_T))
     ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
@@ -127,7 +222,7 @@ def test_a_sampler_learns(folder, tmp_path):
     gradients = []
     teacher = TeacherPairs(8, 12, cache_dir=str(tmp_path))
     for options in ({}, {"microbatch_size": 4, "remat": "denoiser"}):
-        denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=3.0)
+        denoiser = loaded(folder, guidance_scale=3.0)
         sampler = GGDMSampler(denoiser.schedule, 3, prediction_type=denoiser.prediction_type)
         module = DDSSModule(
             denoiser, sampler, RandomFeatures(3, 16), loss=TeacherLoss(), batch_size=6, teacher=teacher, **options
@@ -144,7 +239,7 @@ def test_a_sampler_learns(folder, tmp_path):
         # What the prompts are is part of what the sampler was learned for, and no part of the weights.
         assert set(module.base_model["settings"]) >= {"guidance_scale", "prompts"}
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
-    other = TextDenoiser.from_pretrained(folder, PROMPTS[:2], guidance_scale=3.0)
+    other = loaded(folder, PROMPTS[:2], guidance_scale=3.0)
     assert other.fingerprint() == module.denoiser.fingerprint()
     assert teacher.folder(other) != teacher.folder(module.denoiser)
 
@@ -157,7 +252,7 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
     )
     # As an editor of Windows writes it.
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfabc\r\n a b\r\ncab")
-    assert _read_prompts("marked.txt") == PROMPTS
+    assert read_prompts("marked.txt") == PROMPTS
     for name, reason in {"none.txt": "No such file", "ab " * 100: "File name too long", ".": "Is a directory"}.items():
         with pytest.raises(ValueError, match=f"{reason}.*; give a text file with one in each line, or a list"):
             TextDenoiser.from_pretrained(folder, name)
@@ -167,13 +262,31 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"There is no prompt in 'empty\.txt'"):
         TextDenoiser.from_pretrained(folder, "empty.txt")
-    for scale in (-1.0, 0.0, 0.5, float("nan"), None):
+    for scale in (-1.0, 0.0, 0.5, float("nan")):
         with pytest.raises(ValueError, match=f"guidance_scale must be a number of at least 1, got {scale}; 1 is no"):
             TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=scale)
     with pytest.raises(ValueError, match="torch_dtype: a model is loaded in float32"):
         TextDenoiser.from_pretrained(folder, PROMPTS, torch_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"Model, which is shown texts; use ddss_lightning\.TextDenoiser"):
         DiffusersDenoiser.from_pretrained(folder)
+
+
+def test_guidance_that_is_not_said_is_that_of_the_pipeline(folder):
+    expected = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "pixart": 4.5, "pixart-sizes": 4.5, "flux": 1.0, "flux-told": 3.5}
+    denoiser = loaded(folder)
+    kind = Path(folder).parent.name[:-1]
+    assert denoiser.settings()["guidance_scale"] == expected[kind]
+
+
+def test_images_of_another_size(folder):
+    assert loaded(folder).image_shape == (3, 16, 16)
+    other = TextDenoiser.from_pretrained(folder, PROMPTS, image_size=32)
+    assert (other.state_shape, other.image_shape, other.settings()["image_size"]) == ((4, 16, 16), (3, 32, 32), 32)
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of \d, got 33"):
+        TextDenoiser.from_pretrained(folder, PROMPTS, image_size=33)
+    as_trained = TextDenoiser.from_pretrained(folder, PROMPTS)
+    assert "image_size" not in as_trained.settings()
+    assert as_trained.image_shape == ((3, 256, 256) if is_large(folder) else (3, 16, 16))
 
 
 def test_networks_and_encoded_prompts_that_do_not_fit(schedule):
@@ -183,6 +296,8 @@ def test_networks_and_encoded_prompts_that_do_not_fit(schedule):
     ):
         TextDenoiser(tiny_unet(), schedule, rows, {name: value[:1] for name, value in rows.items()})
     rows.pop("text_embeds")
+    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 1, got None"):
+        TextDenoiser(tiny_unet(), schedule, rows, rows, guidance_scale=None)
     with pytest.raises(ValueError, match="is told its guidance scale"):
         TextDenoiser(tiny_unet(time_cond_proj_dim=16), schedule, rows, rows)
 
@@ -227,3 +342,22 @@ def test_another_kind_of_pipeline(tmp_path, denoiser):
     DDPMScheduler().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="could not be loaded: it is a ''"):
         TextDenoiser.from_pretrained(str(tmp_path), PROMPTS)
+
+
+def test_flux_starts_where_its_pipeline_does(tmp_path):
+    """As docs/diffusers.md has it, with the shift of images of 16 pixels."""
+    pipeline = flux(tmp_path, told=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    denoiser = TextDenoiser.from_pretrained(str(tmp_path / "pipeline"), PROMPTS, guidance_scale=3.0, image_size=16)
+    times = {"sigmas": [1.0, 0.75, 0.5, 0.25], "mu": calculate_shift(16)}
+    sampler = GGDMSampler.from_scheduler(pipeline.scheduler, 4, set_timesteps=times)
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = pipeline(
+        [PROMPTS[i] for i in take_turns("test/0", [0, 1], 3)], guidance_scale=3.0, num_inference_steps=4,
+        latents=pipeline._pack_latents(x_T, 2, 4, 8, 8), output_type="np", height=16, width=16,
+    ).images  # fmt: skip
+    with torch.no_grad():
+        ours = denoiser.decode(sampler(denoiser.for_samples("test/0", [0, 1]), x_T))
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours, torch.from_numpy(images), rtol=1e-4, atol=1e-4)
