@@ -496,6 +496,7 @@ def protocol_of(
         "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
         "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
         **({"model_settings": module.denoiser.settings()} if module.denoiser.settings() else {}),
+        **({"conditions": CONDITIONS} if module.denoiser.settings().get("guidance_scale") is not None else {}),
         "precision": str(trainer.precision),
         "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
         "resize": module.features.protocol()["resize"],
@@ -505,6 +506,9 @@ def protocol_of(
         return protocol
     about = f"{type(judge).__name__} ({judge.fingerprint()}), resize {judge.protocol()['resize']}"
     return {**protocol, "judge": f"{about}; spacings are chosen by the FID of the features above, not by its own"}
+
+
+CONDITIONS = "all in turn, in a random order that follows from the key of the noise; a sample's from its index"
 
 
 def _digest(datamodule: ImageDataModule) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -14,12 +15,13 @@ from ddss_lightning.sampling import SamplingModule
 
 
 class SamplerPictures(Callback):
-    """At each validation: a grid of samples from fixed noise, the heat map of mu, and the times over training.
+    """At each validation and at the end: samples from fixed noise, the heat map of mu, and the times over training.
 
     To TensorBoard as `samples`, `mu` and `times`; the last of each also as PNG in `<log folder>/pictures`.
 
     Args:
-        num_images: samples of the grid, taken from the first validation batch.
+        num_images: samples of the grid, taken from the first validation batch
+            (at the end without one: the first of the validation noise).
         columns: samples per row.
         scale: enlargement of the pixels; default: see `enlargement`.
 
@@ -66,6 +68,21 @@ class SamplerPictures(Callback):
         assert isinstance(pl_module, SamplingModule)
         if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or trainer.state.fn != "fit":
             return
+        self._draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what the last steps made, if they were not validated: `max_steps` may end the first epoch early."""
+        assert isinstance(pl_module, SamplingModule)
+        if getattr(trainer, "fast_dev_run", False) or not self.steps or self.steps[-1] >= trainer.global_step:
+            return
+        if trainer.is_global_zero:
+            with trainer.precision_plugin.val_step_context():
+                images = pl_module.samples("validation", torch.arange(self.num_images))
+            self._grid = image_grid(images, self.columns, self.scale or enlargement(images.shape[-2]))
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: SamplingModule) -> None:
         self._record(trainer.global_step, pl_module)
         # On all processes: `log_dir` is a broadcast.
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"

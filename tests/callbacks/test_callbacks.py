@@ -25,6 +25,7 @@ from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
+from ddss_lightning.pictures import image_grid
 from tests.test_module import data, make, trainer
 
 
@@ -57,6 +58,22 @@ def test_scores_and_pictures_reach_tensorboard(tmp_path):
     assert card["base_model"]["fingerprint"] == module.denoiser.fingerprint()
     saved = GGDMSampler.from_pretrained(folder / "sampler")
     assert torch.equal(saved.corrections["mu"], module.sampler.corrections["mu"])
+
+
+def test_the_last_steps_are_drawn_too(tmp_path):
+    """Three steps in epochs of two, or of ten: what is drawn in the end is what the fit ended with."""
+    for steps_per_epoch in (2, 10):
+        pictures = SamplerPictures(num_images=8, columns=4, scale=2)
+        options = {"callbacks": [pictures], "enable_checkpointing": False, "max_steps": 3}
+        runner, module = trainer(tmp_path / str(steps_per_epoch), -1, **options), make()
+        runner.fit(module, data(steps_per_epoch))
+        assert pictures.steps == ([0, 2, 3] if steps_per_epoch == 2 else [0, 3])
+        assert pictures.times[-1] == module.averaged.timesteps().tolist()
+        with torch.no_grad():
+            expected = image_grid(module.samples("validation", torch.arange(8)), 4, 2)
+        folder = tmp_path / str(steps_per_epoch) / "pictures"
+        assert torch.equal(pictures._grid, expected)
+        assert {path.name for path in folder.iterdir()} == {"samples.png", "mu.png", "times.png"}
 
 
 class Scripted(SampleQuality):

@@ -18,7 +18,7 @@ from ddss_lightning import (
     TeacherPairs,
     WeightedSum,
 )
-from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores
+from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores, protocol_of
 from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.images import to_pixels
@@ -108,6 +108,20 @@ def test_a_sampler_of_another_guidance_is_warned_of(guided, features, tmp_path):
     )
     with pytest.warns(UserWarning, match=r"learned with other settings of the model: guidance_scale 2\.0, now 3\.0\."):
         other.load_sampler(tmp_path)
+
+
+def test_scores_say_how_conditions_are_ordered(guided, features, tmp_path):
+    """Those of a model that shows none stay what they were."""
+    settings, trainer = Comparison(steps=[2], output=tmp_path), Trainer(accelerator="cpu", logger=False)
+
+    def protocol(denoiser):
+        module = DDSSModule(denoiser, GGDMSampler(guided.schedule, 2), features)
+        return protocol_of(module, DigitsDataModule(), trainer, settings)
+
+    found = protocol(guided)
+    assert "random order" in found.pop("conditions")
+    alone = protocol(DiffusersDenoiser(guided.unet, guided.schedule, null_label=1, name=guided.name))
+    assert {**found, "model_settings": {"null_label": 1}} == alone
 
 
 def test_wrong_guidance(guided, denoiser):
