@@ -34,6 +34,8 @@ from ddss_lightning.sampling import LARGE, SamplingModule
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherImages, TeacherPairs
 
+# What else than its weights a denoiser's images depend on, and a fit is not resumed with another of.
+CONDITIONED = ("guidance_scale", "prompts", "image_size")
 TARGETS = frozenset({"target", "target_features"})
 
 
@@ -610,7 +612,7 @@ class DDSSModule(SamplingModule):
         if self.full_matrix and self.gauss_newton is None:
             found["full_matrix"] = True
         shown = self.denoiser.settings()
-        return found | {f"denoiser.{name}": shown[name] for name in ("guidance_scale", "prompts") if name in shown}
+        return found | {f"denoiser.{name}": shown[name] for name in CONDITIONED if name in shown}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note, too, what the loss and the start noise became, and how many steps were skipped."""

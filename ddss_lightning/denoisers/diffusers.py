@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.denoisers.calls import Conditions, sizes_of, type_of
-from ddss_lightning.denoisers.pipelines import check_path, load_parts, loading
+from ddss_lightning.denoisers.pipelines import check_path, decoder_factor, load_parts, loading
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
@@ -341,8 +341,9 @@ def _labels_of(config: Any, null_label: int | None) -> tuple[int, int | None]:  
 
 
 def _decoded_shape(vae: nn.Module, state_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Of the images that a decoder makes: each of its levels but one doubles height and width."""
+    """Of the images that a decoder makes."""
     config: Any = vae.config
     _, height, width = state_shape
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    return (config.out_channels, height * factor, width * factor)
+    factor = decoder_factor(config)
+    # An `AutoencoderDC` (of Sana) has as many channels out as in.
+    return (config.get("out_channels") or config.in_channels, height * factor, width * factor)

@@ -11,7 +11,13 @@ from torch import nn
 
 from ddss_lightning.files import not_here
 
-SHOWN_TEXTS = ("UNet2DConditionModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
+SHOWN_TEXTS = (
+    "UNet2DConditionModel",
+    "SD3Transformer2DModel",
+    "PixArtTransformer2DModel",
+    "SanaTransformer2DModel",
+    "FluxTransformer2DModel",
+)
 # Transformer2DModel: what older pipelines call a DiT.
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")
 
@@ -99,10 +105,7 @@ def load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Mo
 
     network_config, where = config_of(diffusers.UNet2DModel, "unet", None, "transformer")
     name = network_config.get("_class_name", "UNet2DModel")
-    if name in SHOWN_TEXTS:
-        raise ValueError(
-            f"its network is a {name}, which is shown texts; use ddss_lightning.TextDenoiser with prompts."
-        )
+    _refuse_texts(name)
     if name not in NETWORKS or network_config.get("class_embed_type"):
         raise ValueError(
             f"its network is a {name} with conditions; only a UNet2DModel without, or with class labels, and a DiT are "
@@ -110,9 +113,18 @@ def load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Mo
         )
     # Loading in one go needs no further package (accelerate) and no warning of its absence.
     network: nn.Module = getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **where)
+    # Older configurations of PixArt name the class that a DiT had, too, and diffusers tells them apart.
+    _refuse_texts(type(network).__name__)
     scheduler_config, where = config_of(diffusers.DDPMScheduler, "scheduler", None)
     scheduler_class = _scheduler_class(scheduler_config.get("_class_name", "DDPMScheduler"))
     return network, scheduler_class.from_pretrained(path, **where), _load_decoder(path, kwargs)
+
+
+def _refuse_texts(name: str) -> None:
+    if name in SHOWN_TEXTS:
+        raise ValueError(
+            f"its network is a {name}, which is shown texts; use ddss_lightning.TextDenoiser with prompts."
+        )
 
 
 def _scheduler_class(name: str) -> Any:  # noqa: ANN401 - diffusers has no common base for this
@@ -150,3 +162,9 @@ def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:
             )
             return decoder
     return None
+
+
+def decoder_factor(config: Any) -> int:  # noqa: ANN401 - a dictionary, or one of diffusers'
+    """How much larger images are than latents: each level of a decoder but one doubles height and width."""
+    # An `AutoencoderDC` (of Sana) has levels of its own in the decoder.
+    return int(2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,80 +62,86 @@ def encode_prompts(
 
     encode = ENCODERS[type(pipeline).__name__]
     starts = range(0, len(prompts), BATCH)
-    shown: list[Conditions] = []
-    negative: Conditions = {}
-    for start in track(starts, f"encoding {len(prompts)} prompts", disable=len(starts) == 1):
-        rows, negative = encode(pipeline, list(prompts[start : start + BATCH]), negative_prompt)
-        shown.append(rows)
-    together = {name: torch.cat([rows[name] for rows in shown]) for name in negative}
-    return together, {name: rows[:1].clone() for name, rows in negative.items()}
+    parts = [
+        encode(pipeline, list(prompts[start : start + BATCH]), False)
+        for start in track(starts, f"encoding {len(prompts)} prompts", disable=len(starts) == 1)
+    ]
+    together = {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
+    return together, encode(pipeline, [negative_prompt], True)
 
 
-def _both(pipeline: Any, texts: list[str], negative_prompt: str | None, **others: None) -> list[Tensor]:  # noqa: ANN401
-    """Of Stable Diffusion: prompt, negative, and for the larger ones pooled prompt, pooled negative."""
-    found: tuple[Tensor, ...] = pipeline.encode_prompt(
-        prompt=texts,
+# Each takes prompts, or, as such, the negative one, which can be None.
+Texts = list[str] | list[str | None]
+
+
+def _guided(pipeline: Any, texts: Texts, is_negative: bool, **others: None) -> list[Tensor]:  # noqa: ANN401
+    """Of Stable Diffusion: encoded texts, and for the larger ones pooled."""
+    negative = {"negative_prompt": texts} if is_negative and texts[0] is not None else {}
+    found = pipeline.encode_prompt(
+        prompt=[""] if is_negative else texts,
         **others,
         device=torch.device("cpu"),
         num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
-        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
+        do_classifier_free_guidance=is_negative,
+        **negative,
     )
-    return list(found)
+    # Prompt, negative, pooled prompt, pooled negative.
+    return list(found[1::2] if is_negative else found[0::2])
 
 
-def _stable_diffusion(pipeline: Any, texts: list[str], negative_prompt: str | None) -> tuple[Conditions, Conditions]:  # noqa: ANN401
-    rows, none = _both(pipeline, texts, negative_prompt)
-    return {"encoder_hidden_states": rows}, {"encoder_hidden_states": none}
+def _stable_diffusion(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401
+    (rows,) = _guided(pipeline, texts, is_negative)
+    return {"encoder_hidden_states": rows}
 
 
-def _xl(pipeline: Any, texts: list[str], negative_prompt: str | None) -> tuple[Conditions, Conditions]:  # noqa: ANN401
-    rows, none, pooled, pooled_none = _both(pipeline, texts, negative_prompt)
+def _xl(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401
+    rows, pooled = _guided(pipeline, texts, is_negative)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     # Height and width of the original, where it was cut, height and width asked for.
-    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=pooled.dtype).expand(len(texts), -1)
-    return (
-        {"encoder_hidden_states": rows, "text_embeds": pooled, "time_ids": ids},
-        {"encoder_hidden_states": none, "text_embeds": pooled_none, "time_ids": ids},
+    ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=pooled.dtype)
+    return {"encoder_hidden_states": rows, "text_embeds": pooled, "time_ids": ids.expand(len(texts), -1)}
+
+
+def _third(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401
+    rows, pooled = _guided(pipeline, texts, is_negative, prompt_2=None, prompt_3=None)
+    return {"encoder_hidden_states": rows, "pooled_projections": pooled}
+
+
+def _pixart(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401, ARG001
+    rows, mask, *_ = pipeline.encode_prompt(
+        [text or "" for text in texts], False, device=torch.device("cpu"), clean_caption=True
     )
-
-
-def _third(pipeline: Any, texts: list[str], negative_prompt: str | None) -> tuple[Conditions, Conditions]:  # noqa: ANN401
-    rows, none, pooled, pooled_none = _both(pipeline, texts, negative_prompt, prompt_2=None, prompt_3=None)
-    return (
-        {"encoder_hidden_states": rows, "pooled_projections": pooled},
-        {"encoder_hidden_states": none, "pooled_projections": pooled_none},
-    )
-
-
-def _pixart(pipeline: Any, texts: list[str], negative_prompt: str | None) -> tuple[Conditions, Conditions]:  # noqa: ANN401
-    rows, mask, none, none_mask = pipeline.encode_prompt(
-        texts, negative_prompt=negative_prompt or "", device=torch.device("cpu"), clean_caption=True
-    )
-    sizes: Conditions = {}
+    found = {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
     if pipeline.transformer.use_additional_conditions:
         size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        sizes = {"resolution": rows.new_full((len(rows), 2), size), "aspect_ratio": rows.new_ones(len(rows), 1)}
-    return (
-        {"encoder_hidden_states": rows, "encoder_attention_mask": mask, **sizes},
-        {"encoder_hidden_states": none, "encoder_attention_mask": none_mask, **sizes},
+        found |= {"resolution": rows.new_full((len(rows), 2), size), "aspect_ratio": rows.new_ones(len(rows), 1)}
+    return found
+
+
+def _sana(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401
+    # Prompts come after instructions to its language model, which the call of the pipeline has.
+    instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    rows, mask, *_ = pipeline.encode_prompt(
+        [text or "" for text in texts],
+        False,
+        device=torch.device("cpu"),
+        complex_human_instruction=None if is_negative else instruction,
     )
+    return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
 
 
-def _flux(pipeline: Any, texts: list[str], negative_prompt: str | None) -> tuple[Conditions, Conditions]:  # noqa: ANN401
-    def encode(prompts: list[str]) -> Conditions:
-        rows, pooled, _ = pipeline.encode_prompt(prompts, device=torch.device("cpu"))
-        return {"encoder_hidden_states": rows, "pooled_projections": pooled}
-
-    return encode(texts), encode([negative_prompt or ""])
+def _flux(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401, ARG001
+    rows, pooled, _ = pipeline.encode_prompt([text or "" for text in texts], device=torch.device("cpu"))
+    return {"encoder_hidden_states": rows, "pooled_projections": pooled}
 
 
 # By the name of a pipeline.
-ENCODERS: dict[str, Callable[[Any, list[str], str | None], tuple[Conditions, Conditions]]] = {
+ENCODERS: dict[str, Callable[[Any, Texts, bool], Conditions]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _xl,
     "StableDiffusion3Pipeline": _third,
     "PixArtAlphaPipeline": _pixart,
     "PixArtSigmaPipeline": _pixart,
+    "SanaPipeline": _sana,
     "FluxPipeline": _flux,
 }

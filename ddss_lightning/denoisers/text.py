@@ -1,32 +1,19 @@
-"""Text-to-image models saved by the diffusers library: Stable Diffusion 1 to 3 and XL, PixArt, Flux."""
+"""Text-to-image models saved by the diffusers library: Stable Diffusion 1 to 3 and XL, PixArt, Sana, Flux."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ddss_lightning.denoisers.calls import Conditions, call, type_of
+from ddss_lightning.denoisers.calls import Conditions, call, hear_exact_times, sizes_of, type_of
 from ddss_lightning.denoisers.diffusers import DiffusersDenoiser, check_mode
-from ddss_lightning.denoisers.pipelines import check_path, loading, read_config
-from ddss_lightning.denoisers.prompts import ENCODERS, encode_prompts, read_prompts
+from ddss_lightning.denoisers.pipelines import check_path, loading
+from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
+from ddss_lightning.denoisers.text_pipelines import TextPipeline, check_scale
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-
-# What is not needed of a pipeline.
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    # The checker looks at finished images; learning needs those that it would black out, too.
-    "StableDiffusionPipeline": {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "image_encoder": None,
-        "requires_safety_checker": False,
-    },
-    "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
-    "FluxPipeline": {"feature_extractor": None, "image_encoder": None},
-}
 
 
 class TextDenoiser(DiffusersDenoiser):
@@ -36,19 +23,19 @@ class TextDenoiser(DiffusersDenoiser):
 
     The prompts take turns over the samples (see `for_samples`): the sampler is learned for all of them at once. They
     are encoded once, on the CPU, by the pipeline's own text encoders, which are not kept; the encoded ones stay in
-    main memory (Stable Diffusion 1: 0.2 MB a prompt, XL: 0.6, PixArt: 2 to 5, 3: 5.5, Flux: 8.4), from which those of a
-    batch are fetched. A call costs two evaluations of the network, or one at a scale of 1, which is no guidance
-    (diffusers takes anything below for 1, too). A network that was distilled to be told its guidance, as Flux's
-    "dev" one was, is told w, and costs one evaluation.
+    main memory (Stable Diffusion 1: 0.2 MB a prompt, XL: 0.6, PixArt and Sana: 2 to 5, 3: 5.5, Flux: 8.4), from which
+    those of a batch are fetched. A call costs two evaluations of the network, or one at a scale of 1, which is no
+    guidance (diffusers takes anything below for 1, too). A network that was distilled to be told its guidance, as the
+    "dev" one of Flux was, is told w, and costs one evaluation.
 
     Args:
-        unet: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `PixArtTransformer2DModel` or
-            `FluxTransformer2DModel`.
+        unet: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `PixArtTransformer2DModel`,
+            `SanaTransformer2DModel` or `FluxTransformer2DModel`.
         schedule: the noise schedule it was trained with.
         prompts: what it is shown, by the names `encoder_hidden_states`, shape (P, L, D), for SDXL `text_embeds`,
             shape (P, D'), and `time_ids`, shape (P, 6), for Stable Diffusion 3 and Flux `pooled_projections`, shape
-            (P, D'), for PixArt `encoder_attention_mask`, shape (P, L), and, if it uses them, `resolution`, shape
-            (P, 2), and `aspect_ratio`, shape (P, 1).
+            (P, D'), for PixArt and Sana `encoder_attention_mask`, shape (P, L), and, if PixArt uses them, `resolution`,
+            shape (P, 2), and `aspect_ratio`, shape (P, 1).
         negative: the same for no prompt, one row each.
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
@@ -81,12 +68,9 @@ class TextDenoiser(DiffusersDenoiser):
                 "There must be at least one prompt, encoded as `encoder_hidden_states`, and as many rows of each name, "
                 f"got {numbers}."
             )
-        if guidance_scale is None or not 1 <= guidance_scale < float("inf"):
-            raise ValueError(
-                f"guidance_scale must be a number of at least 1, got {guidance_scale}; 1 is no guidance, which the "
-                "pipelines of diffusers take all below for."
-            )
         config: Any = unet.config
+        told = bool(config.get("guidance_embeds"))
+        check_scale(guidance_scale, told=told)
         if config.get("time_cond_proj_dim"):
             raise ValueError(
                 "The network is told its guidance scale (time_cond_proj_dim), as a latent consistency model is; that "
@@ -100,8 +84,9 @@ class TextDenoiser(DiffusersDenoiser):
         self._prompts_digest = self._digest_of_prompts()
         self._image_size: int | None = None
         # A network that is told its guidance needs no second evaluation.
-        self._told = guidance_scale if config.get("guidance_embeds") else None
-        self.guidance_scale = 1.0 if config.get("guidance_embeds") else guidance_scale
+        self._told = guidance_scale if told else None
+        self.guidance_scale = 1.0 if told else guidance_scale
+        hear_exact_times(unet)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -119,8 +104,8 @@ class TextDenoiser(DiffusersDenoiser):
         Args:
             pretrained_path: a local folder, or a hub name `owner/model`.
             prompts: a text file with a prompt in each line (empty lines are left out), or the prompts.
-            guidance_scale: w, at least 1; default: that of the pipeline (Stable Diffusion 7.5, XL 5, 3 7, PixArt 4.5,
-                Flux 3.5, or 1 where its network is not told).
+            guidance_scale: w, at least 1, or 0 where the network is told it; default: that of the pipeline (Stable
+                Diffusion 7.5, XL 5, 3 7, PixArt and Sana 4.5, Flux 3.5, or 1 where its network is not told).
             negative_prompt: what to guide away from; default: nothing, as the pipeline encodes it.
             compile_mode: as in `DiffusersDenoiser.from_pretrained`.
             image_size: height and width of the images; default: those that the model was trained for. Give the
@@ -129,21 +114,23 @@ class TextDenoiser(DiffusersDenoiser):
 
         Raises:
             ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode, a size
-                that the latents cannot have, a negative prompt for a network that is told its guidance.
+                that the latents cannot have, a negative prompt that would play no part.
         """
         pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
         texts = read_prompts(prompts)
         with loading(pretrained_path):
-            pipeline = _load_pipeline(pretrained_path, kwargs)
+            saved = TextPipeline.read(pretrained_path, kwargs)
+        # Before billions of weights are loaded.
+        scale = saved.scale(guidance_scale, negative_prompt)
+        latent_size = None if image_size is None else saved.latent_size(image_size)
+        with loading(pretrained_path):
+            pipeline = saved.load(pretrained_path, kwargs)
             network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-            if image_size is not None:
-                network.register_to_config(sample_size=_latent_size(pipeline, image_size))
-            if negative_prompt is not None and network.config.get("guidance_embeds"):
-                raise ValueError("its network is told its guidance, and is not guided away from a negative_prompt")
+            is_other = latent_size not in (None, sizes_of(network).sample_size)
+            if is_other:
+                network.register_to_config(sample_size=latent_size)
             shown, negative = encode_prompts(pipeline, texts, negative_prompt)
-        if guidance_scale is None:
-            guidance_scale = _default_scale(pipeline)
         denoiser = cls(
             network,
             NoiseSchedule.from_scheduler(pipeline.scheduler),
@@ -152,9 +139,9 @@ class TextDenoiser(DiffusersDenoiser):
             scheduler_prediction_type(pipeline.scheduler),
             pretrained_path,
             pipeline.vae,
-            guidance_scale,
+            scale,
         )
-        denoiser._image_size = image_size
+        denoiser._image_size = image_size if is_other else None
         denoiser.compiled(compile_mode)
         return denoiser
 
@@ -193,42 +180,3 @@ class TextDenoiser(DiffusersDenoiser):
         if self._told is not None:
             conditions = {**conditions, "guidance": x_t.new_full((len(x_t),), self._told)}
         return call(self.unet, x_t, timestep, conditions)
-
-
-def _latent_size(pipeline: Any, image_size: int) -> int:  # noqa: ANN401 - one of diffusers' classes
-    """Height and width of the latents of such images.
-
-    Raises:
-        ValueError: a size that they cannot have.
-    """
-    # Flux puts patches of 2x2 into a sequence before its network sees them.
-    is_flux = type(pipeline).__name__ == "FluxPipeline"
-    network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-    of = pipeline.vae_scale_factor * (2 if is_flux else network.config.get("patch_size") or 1)
-    if image_size < 1 or image_size % of:
-        raise ValueError(f"image_size must be a multiple of {of}, got {image_size}")
-    return int(image_size // pipeline.vae_scale_factor)
-
-
-def _default_scale(pipeline: Any) -> float:  # noqa: ANN401 - one of diffusers' classes
-    """The guidance scale of a pipeline that is not told one."""
-    if type(pipeline).__name__ == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
-        return 1.0
-    return float(inspect.signature(pipeline.__call__).parameters["guidance_scale"].default)
-
-
-def _load_pipeline(path: str, kwargs: dict[str, str]) -> Any:  # noqa: ANN401 - one of diffusers' classes
-    import diffusers
-
-    index = read_config(diffusers.DiffusionPipeline, path, **kwargs) or {}
-    name = index.get("_class_name", "")
-    if name not in ENCODERS:
-        raise ValueError(
-            f"it is a '{name}', not one of {', '.join(ENCODERS)}; a model of another kind becomes usable by "
-            "subclassing ddss_lightning.Denoiser"
-        )
-    left_out = LEFT_OUT.get(name, {})
-    if index.get("text_encoder_3", (None, None))[1] is None and name == "StableDiffusion3Pipeline":
-        # Its largest text encoder can be left out when it is saved, and has to be when it is loaded.
-        left_out = {**left_out, "text_encoder_3": None, "tokenizer_3": None}
-    return getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **left_out, **kwargs)

@@ -1,20 +1,27 @@
 """Text-to-image models: the images of diffusers' own pipelines, and a sampler that learns for them."""
 
+import copy
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -28,6 +35,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -36,11 +45,13 @@ from transformers import (
 from ddss_lightning import DDSSModule, GGDMSampler, RandomFeatures, TeacherLoss, TeacherPairs
 from ddss_lightning.denoisers import DiffusersDenoiser, TextDenoiser
 from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
+from ddss_lightning.denoisers.text_pipelines import TextPipeline
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.test_scheduler import tiny_unet, tiny_vae
 
+PLAYS_NO_PART = "^.* guidance: the negative_prompt 'b' would play no part"
 PROMPTS = ["abc", "a b", "cab"]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -89,6 +100,36 @@ def pixart(kind, scheduler, **options):
     return kind(tokenizer=words, text_encoder=encoder, vae=tiny_vae(), transformer=transformer, scheduler=scheduler)
 
 
+def sana():
+    """The pipeline, whose decoder has another number of levels than its encoder's channels would tell."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
+        sample_size=8, timestep_scale=0.5,
+    ).eval()  # fmt: skip
+    levels = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)), "layers_per_block": (1, 1),
+        }.items()
+    }  # fmt: skip
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, downsample_block_type="conv",
+        upsample_block_type="interpolate", scaling_factor=0.41407, **levels,
+    ).eval()  # fmt: skip
+    words, _ = t5()
+    torch.manual_seed(3)
+    config = Gemma2Config(
+        vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(words, Gemma2Model(config).eval(), vae, transformer, scheduler)
+
+
 def flux(folder, *, told):
     """The pipeline, with images of 16 pixels unless another size is asked for."""
     torch.manual_seed(0)
@@ -105,19 +146,21 @@ def flux(folder, *, told):
     )  # fmt: skip
 
 
-KINDS = ["sd", "sdxl", "sd3", "pixart", "pixart sizes", "flux", "flux told"]
+KINDS = ["sd", "sdxl", "sd3", "pixart", "pixart sizes", "sana", "flux", "flux told"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
     """A pipeline with tiny networks, as `save_pretrained` writes it."""
     path = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
-    if request.param.startswith(("pixart", "flux")):
+    if request.param.startswith(("pixart", "sana", "flux")):
         scheduler = DDIMScheduler(clip_sample=False, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
         if request.param == "pixart":
             pipeline = pixart(PixArtSigmaPipeline, scheduler, sample_size=8)
         elif request.param == "pixart sizes":
             pipeline = pixart(PixArtAlphaPipeline, scheduler, sample_size=128)
+        elif request.param == "sana":
+            pipeline = sana()
         else:
             pipeline = flux(path, told=request.param == "flux told")
         pipeline.save_pretrained(path / "pipeline")
@@ -170,7 +213,7 @@ def loaded(folder, prompts=PROMPTS, **options):
 @pytest.mark.parametrize("negative", [None, "b"])
 def test_the_images_are_those_of_the_pipeline(folder, negative):
     if negative and "flux-told" in folder:
-        with pytest.raises(ValueError, match="is told its guidance, and is not guided away from a negative_prompt"):
+        with pytest.raises(ValueError, match="is told its guidance: the negative_prompt 'b' would play no part"):
             loaded(folder, guidance_scale=3.0, negative_prompt=negative)
         return
     denoiser = loaded(folder, guidance_scale=3.0, negative_prompt=negative)
@@ -191,8 +234,11 @@ def test_the_images_are_those_of_the_pipeline(folder, negative):
     x_T = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     own = {"negative_prompt": None if negative is None else [negative] * 4}
     latents = x_T
-    if "pixart" in folder:
+    if "pixart" in folder or "sana" in folder:
         own = {"negative_prompt": negative or "", "use_resolution_binning": False}
+    if "sana" in folder:
+        # It takes multiples of 32, as its own decoder, which enlarges so much, needs them.
+        pipeline.check_inputs = lambda *_: None
     if "flux" in folder:
         latents = pipeline._pack_latents(x_T, 4, 4, 8, 8)
         own = {} if "told" in folder else {"negative_prompt": [negative or ""] * 4, "true_cfg_scale": 3.0}
@@ -262,8 +308,9 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"There is no prompt in 'empty\.txt'"):
         TextDenoiser.from_pretrained(folder, "empty.txt")
-    for scale in (-1.0, 0.0, 0.5, float("nan")):
-        with pytest.raises(ValueError, match=f"guidance_scale must be a number of at least 1, got {scale}; 1 is no"):
+    least = "0" if "flux-told" in folder else "1"
+    for scale in (-1.0, float("inf"), float("nan"), *([] if least == "0" else [0.0, 0.5])):
+        with pytest.raises(ValueError, match=f"guidance_scale must be a number of at least {least}, got {scale}"):
             TextDenoiser.from_pretrained(folder, PROMPTS, guidance_scale=scale)
     with pytest.raises(ValueError, match="torch_dtype: a model is loaded in float32"):
         TextDenoiser.from_pretrained(folder, PROMPTS, torch_dtype=torch.float16)
@@ -272,7 +319,16 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
 
 
 def test_guidance_that_is_not_said_is_that_of_the_pipeline(folder):
-    expected = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "pixart": 4.5, "pixart-sizes": 4.5, "flux": 1.0, "flux-told": 3.5}
+    expected = {
+        "sd": 7.5,
+        "sdxl": 5.0,
+        "sd3": 7.0,
+        "pixart": 4.5,
+        "pixart-sizes": 4.5,
+        "sana": 4.5,
+        "flux": 1.0,
+        "flux-told": 3.5,
+    }
     denoiser = loaded(folder)
     kind = Path(folder).parent.name[:-1]
     assert denoiser.settings()["guidance_scale"] == expected[kind]
@@ -282,11 +338,104 @@ def test_images_of_another_size(folder):
     assert loaded(folder).image_shape == (3, 16, 16)
     other = TextDenoiser.from_pretrained(folder, PROMPTS, image_size=32)
     assert (other.state_shape, other.image_shape, other.settings()["image_size"]) == ((4, 16, 16), (3, 32, 32), 32)
-    with pytest.raises(ValueError, match=r"image_size must be a multiple of \d, got 33"):
-        TextDenoiser.from_pretrained(folder, PROMPTS, image_size=33)
+    for wrong in (33, 0, -16, "32", 32.0):
+        with pytest.raises(ValueError, match=rf"^image_size must be a multiple of \d .*for this model, got {wrong}\."):
+            TextDenoiser.from_pretrained(folder, PROMPTS, image_size=wrong)
+    if "sd3" in folder:
+        # Its positions are a table.
+        with pytest.raises(ValueError, match=r"a multiple of 2 up to 192 for this model, got 200\."):
+            TextDenoiser.from_pretrained(folder, PROMPTS, image_size=200)
     as_trained = TextDenoiser.from_pretrained(folder, PROMPTS)
-    assert "image_size" not in as_trained.settings()
+    # That which it has anyway is nothing to note.
+    size = as_trained.image_shape[-1]
+    for same in (as_trained, TextDenoiser.from_pretrained(folder, PROMPTS, image_size=size)):
+        assert "image_size" not in same.settings()
     assert as_trained.image_shape == ((3, 256, 256) if is_large(folder) else (3, 16, 16))
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    """A model of billions of weights takes minutes."""
+
+    def load(*_):
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr(TextPipeline, "load", load)
+    told = "flux-told" in folder
+    wrong = {"guidance_scale": -0.5 if told else 0.5}, {"image_size": 33}
+    for options in (*wrong, {"negative_prompt": "b", "guidance_scale": 1.0}):
+        with pytest.raises(ValueError, match=f"^(guidance_scale|image_size) must be .*got|{PLAYS_NO_PART}"):
+            TextDenoiser.from_pretrained(folder, PROMPTS, **options)
+    # Saved without what reads the prompts.
+    shutil.copytree(folder, tmp_path / "copy")
+    index = json.loads(Path(folder, "model_index.json").read_text())
+    index["text_encoder"] = [None, None]
+    (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="it was saved without its text_encoder, which the prompts need"):
+        TextDenoiser.from_pretrained(str(tmp_path / "copy"), PROMPTS)
+
+
+def test_a_fit_is_not_resumed_at_another_size(folder):
+    modules = []
+    for size in (16, 32):
+        denoiser = TextDenoiser.from_pretrained(folder, PROMPTS, image_size=size)
+        sampler = GGDMSampler(denoiser.schedule, 3, prediction_type=denoiser.prediction_type)
+        modules.append(DDSSModule(denoiser, sampler, RandomFeatures(3, size)))
+    assert modules[0]._compared()["denoiser.prompts"]
+    assert modules[0]._compared() != modules[1]._compared()
+
+
+def test_pixart_as_it_was_published(tmp_path):
+    """Its configuration names the class of a DiT; neither is taken for the other."""
+    pixart(PixArtSigmaPipeline, DDIMScheduler(clip_sample=False), sample_size=8).save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    assert TextDenoiser.from_pretrained(str(tmp_path), PROMPTS).image_shape == (3, 16, 16)
+    with pytest.raises(ValueError, match=r"is a PixArtTransformer2DModel, which is shown texts; use .*TextDenoiser"):
+        DiffusersDenoiser.from_pretrained(str(tmp_path))
+
+
+def test_each_text_is_encoded_once(folder, monkeypatch):
+    """The largest encoders have five billion weights, and run on the CPU."""
+    rows, inside = [], []
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, Gemma2Model):
+        forward = kind.forward
+
+        def counted(self, input_ids, *args, forward=forward, **kwargs):
+            # One can hold another.
+            rows.extend([] if inside else [len(input_ids)])
+            inside.append(self)
+            found = forward(self, input_ids, *args, **kwargs)
+            inside.pop()
+            return found
+
+        monkeypatch.setattr(kind, "forward", counted)
+    loaded(folder, ["a", "b"] * 32)
+    per_prompt = 2 if any(name in folder for name in ("sdxl", "sd3", "flux")) else 1
+    # Of the negative prompt one row; Stable Diffusion encodes an empty prompt beside it.
+    assert 64 * per_prompt < sum(rows) <= 66 * per_prompt
+
+
+def test_weights_in_half_precision_are_read_in_float32(folder, tmp_path):
+    """So that prompts are the same whatever the versions of the libraries that read them."""
+    third = {"text_encoder_3": None, "tokenizer_3": None} if "sd3" in folder else {}
+    DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **third).save_pretrained(tmp_path / "half")
+    denoiser = TextDenoiser.from_pretrained(str(tmp_path / "half"), PROMPTS)
+    kinds = {rows.dtype for rows in denoiser._prompts.values()} | {value.dtype for value in denoiser.parameters()}
+    assert kinds <= {torch.float32, torch.int64}
+
+
+def test_flux_sees_real_valued_times_in_half_precision(tmp_path):
+    """Its own rounding makes a staircase of them, on which nothing is learned, with steps of 4 in 1000."""
+    flux(tmp_path, told=True).save_pretrained(tmp_path / "pipeline")
+    denoiser = TextDenoiser.from_pretrained(str(tmp_path / "pipeline"), PROMPTS, image_size=16)
+    shown = denoiser.for_samples("test/0", [0])
+    x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for network in (shown, copy.deepcopy(shown)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs = [network(x_t, torch.tensor([time])) for time in (900.0, 900.5, 901.0, 901.5)]
+        steps = [(b - a).abs().max().item() for a, b in itertools.pairwise(outputs)]
+        # All about equal, none without a change.
+        assert min(steps) > 0.2 * max(steps) > 0
 
 
 def test_networks_and_encoded_prompts_that_do_not_fit(schedule):
