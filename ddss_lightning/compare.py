@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,62 +27,11 @@ from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.handmade import SOLVERS, NoSuchCallsError, solver_samplers
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure, thumbnails
 from ddss_lightning.sampling import SamplingModule
-from ddss_lightning.solvers import STRIDES
 
 GRID_IMAGES = 64
-SPACINGS = ("linspace", "leading", "trailing")
-# Karras's, and uniform in log-SNR.
-SIGMAS = ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True})
-QUADRATIC = {"timesteps": "quadratic"}
-
-
-def _formula(anchor: str, eta: float = 0.0) -> list[dict[str, Any]]:
-    return [{"anchor": anchor, "eta": eta, "stride": stride} for stride in STRIDES]
-
-
-def _imported(
-    class_name: str,
-    spacings: Sequence[str | None] = SPACINGS,
-    sigmas: bool = True,
-    quadratic: bool = True,
-    **init_args: Any,  # noqa: ANN401
-) -> list[dict[str, Any]]:
-    """The ways in which a diffusers scheduler places its calls: all that it offers; None is one without a name.
-
-    `sigmas`: those of `SIGMAS` too. `quadratic`: our stride of that name too, see `import_anchor`.
-    """
-    path = f"diffusers.{class_name}"
-    options: list[dict[str, Any]] = [{"timestep_spacing": spacing} if spacing else {} for spacing in spacings]
-    options += SIGMAS if sigmas else ()
-    anchors: list[dict[str, Any]] = [{"class_path": path, "init_args": {**init_args, **option}} for option in options]
-    if quadratic:
-        anchors.append({"class_path": path, "init_args": init_args, "set_timesteps": QUADRATIC})
-    return [{"anchor": anchor} for anchor in anchors]
-
-
-# diffusers' `trailing` is the stride `linear` of our own formulas, up to the rounding of timesteps.
-OTHERS = ("linspace", "leading")
-# Name -> the ways of placing its network calls, each the arguments of a GGDMSampler; the best is taken.
-SOLVERS: dict[str, list[dict[str, Any]]] = {
-    "DDPM": _formula("ddim", eta=1.0) + _imported("DDPMScheduler", OTHERS, False, False, clip_sample=False),
-    "DDIM": _formula("ddim") + _imported("DDIMScheduler", OTHERS, False, False, clip_sample=False),
-    "Euler": _imported("EulerDiscreteScheduler"),
-    "Euler ancestral": _imported("EulerAncestralDiscreteScheduler", sigmas=False),
-    "Heun": _imported("HeunDiscreteScheduler"),
-    "KDPM2": _imported("KDPM2DiscreteScheduler", quadratic=False),
-    "LMS": _imported("LMSDiscreteScheduler"),
-    "PNDM": _imported("PNDMScheduler", sigmas=False, quadratic=False, skip_prk_steps=True),
-    "DEIS 2": _imported("DEISMultistepScheduler", solver_order=2),
-    "DEIS 3": _imported("DEISMultistepScheduler", solver_order=3),
-    "DPM-Solver++ 2M": _formula("dpmpp_2m") + _imported("DPMSolverMultistepScheduler", OTHERS, quadratic=False),
-    "DPM-Solver++ 3M": _imported("DPMSolverMultistepScheduler", solver_order=3),
-    "DPM-Solver++ 2M SDE": _imported("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
-    "DPM-Solver++ 2S": _imported("DPMSolverSinglestepScheduler", (None,), solver_order=2),
-    "UniPC 2": _imported("UniPCMultistepScheduler", solver_order=2),
-    "UniPC 3": _imported("UniPCMultistepScheduler", solver_order=3),
-}
 DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC 3")
 
 
@@ -159,42 +107,14 @@ class Candidate:
         return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
-class NoSuchCallsError(ValueError):
-    """A solver cannot make the number of network calls that was asked for."""
-
-
 def solver_candidates(module: SamplingModule, name: str, nfe: int) -> list[Candidate]:
     """All placements of a solver that make exactly `nfe` network calls.
 
     Raises:
-        NoSuchCallsError: there is none (Heun makes odd numbers of calls only), with the reason of the first one tried.
+        NoSuchCallsError: there is none, see `solver_samplers`.
     """
-    found, reason = [], ""
-    for options in SOLVERS[name]:
-        arguments: dict[str, Any] = {"learn": (), "prediction_type": module.denoiser.prediction_type, **options}
-        try:
-            with warnings.catch_warnings():
-                # Of all placements of its calls the best one is taken.
-                warnings.filterwarnings("ignore", message=".* is no good sampler")
-                sampler = GGDMSampler(module.denoiser.schedule, nfe, **arguments)
-        except ValueError as error:
-            reason = reason or str(error)
-            continue
-        found.append(Candidate(name, nfe, _spacing(options), sampler))
-    if not found:
-        raise NoSuchCallsError(f"{name} does not make {nfe} network calls: {reason}")
-    return found
-
-
-def _spacing(options: dict[str, Any]) -> str:
-    anchor = options["anchor"]
-    if not isinstance(anchor, dict):
-        return str(options["stride"])
-    if "set_timesteps" in anchor:
-        return "quadratic"
-    init_args = anchor["init_args"]
-    named = [name for name in ("karras", "exponential") if init_args.get(f"use_{name}_sigmas")]
-    return named[0] if named else str(init_args.get("timestep_spacing", "its own"))
+    samplers = solver_samplers(name, module.denoiser.schedule, module.denoiser.prediction_type, nfe)
+    return [Candidate(name, nfe, spacing, sampler) for spacing, sampler in samplers]
 
 
 def learned_candidates(

@@ -37,7 +37,8 @@ NO_NOISE = 1e-8
 def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, prediction_type: str) -> Any:  # noqa: ANN401
     """The scheduler that a recipe names: `class_path` and `init_args`.
 
-    Where `init_args` say nothing of them, the betas are those of `schedule` and the prediction type is the model's.
+    Where `init_args` say nothing of them, the betas are those of `schedule`, or for flow matching there are none
+    (`use_flow_sigmas`), and the prediction type is the model's.
 
     Raises:
         ValueError: an unknown key or class, arguments that the class does not take, or another noise schedule.
@@ -62,13 +63,18 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
     if "trained_betas" in init_args:
         # The betas are those of the model already, at zero terminal SNR too: not to be rescaled a second time.
         init_args.pop("rescale_betas_zero_snr", None)
+    if schedule.scaling == "flow" and "use_flow_sigmas" in parameters:
+        init_args.setdefault("use_flow_sigmas", True)
     if "prediction_type" in parameters:
         init_args.setdefault("prediction_type", prediction_type.removeprefix("edm_"))
     try:
         scheduler = cls(**init_args)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"anchor: {anchor['class_path']} could not be made: {error}") from error
-    if not NoiseSchedule.from_scheduler(scheduler).matches(schedule):
+    # One for networks that predict a flow may still step along its betas.
+    by_betas = hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
+    other = schedule.scaling == "flow" and by_betas
+    if other or not NoiseSchedule.from_scheduler(scheduler).matches(schedule):
         raise ValueError(
             f"anchor: {class_name} with these init_args has another noise schedule than the model; leave out what "
             "belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."

@@ -31,6 +31,7 @@ ALLOWED = {
     "anchors": {"schedule", "coefficients", "solvers", "probing"},
     "ggdm": {"anchors", "coefficients", "files", "probing", "remat", "schedule", "solvers", "unroll"},
     "scheduler": set(),
+    "handmade": {"ggdm", "schedule", "solvers"},
     "pictures": {"coefficients", "files", "images"},
     "glyphs": set(),
     "data": {"files", "glyphs", "noise"},
@@ -64,9 +65,9 @@ ALLOWED = {
         "features",
         "files",
         "ggdm",
+        "handmade",
         "pictures",
         "sampling",
-        "solvers",
     },
     "__main__": {"cli"},
     "cli": {
