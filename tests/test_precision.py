@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
-from ddss_lightning import ResidualFeatures, SampleQuality
+from ddss_lightning import DDSSModule, DiffusersDenoiser, ResidualFeatures, SampleQuality
+from tests.conftest import DDPM
 from tests.test_module import data, make
 
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -48,6 +49,23 @@ def test_precisions_that_work_have_the_same_gradient(tmp_path):
     expected = gradients["32-true"]
     for precision, tolerance in (("64-true", 1e-4), ("bf16-mixed", 0.2)):
         assert (gradients[precision] - expected).norm() <= tolerance * expected.norm(), precision
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_weights_in_half_precision_learn(tmp_path, precision):
+    """In all precisions of the Trainer; rematerialised, too, for which the chain is computed twice."""
+    gradients = []
+    for weights, options in (("float32", {}), ("bfloat16", {}), ("bfloat16", {"remat": "denoiser"})):
+        denoiser = DiffusersDenoiser.from_pretrained(DDPM, weights=weights)
+        like = make()
+        module = DDSSModule(denoiser, like.sampler, like.features, batch_size=8, seed=0, **options)
+        module.on_before_optimizer_step = lambda _, module=module: gradients.append(
+            torch.cat([value.grad.flatten() for value in module.sampler.parameters()])
+        )
+        trainer(tmp_path, precision=precision).fit(module, data(steps=1))
+    exact, half, again = gradients
+    assert (half - exact).norm() <= 0.2 * exact.norm()
+    torch.testing.assert_close(again, half, rtol=1e-5, atol=1e-6 * float(half.abs().max()))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])

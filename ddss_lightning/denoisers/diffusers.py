@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 CLASSES_NAME = "classes.json"
 # Modes of `torch.compile` that record CUDA graphs: each call writes where the last one wrote.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+Weights = Literal["float32", "bfloat16"]
 MODES = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
 
 
@@ -122,6 +123,7 @@ class DiffusersDenoiser(Denoiser):
         null_label: int | None = None,
         compile_mode: str | None = None,
         guidance_scale: float | None = None,
+        weights: Weights = "float32",
         **kwargs: str,
     ) -> DiffusersDenoiser:
         """Load the network and the schedule of a diffusers pipeline folder, or of a model on the Hugging Face hub.
@@ -137,18 +139,22 @@ class DiffusersDenoiser(Denoiser):
                 copied, for the next call overwrites them; None: not. Times are tensors: a step with other times is not
                 compiled again.
             guidance_scale: see the class.
+            weights: `bfloat16`: the network is held and evaluated in half precision, all else, such as the states of a
+                chain, in float32. Half the memory of the network, and none for the copies that a Trainer of
+                `bf16-mixed` makes for each call that is kept. It counts as another model than that in float32.
             **kwargs: passed to diffusers, such as `revision` or `cache_dir`.
 
         Raises:
             ValueError: nothing there, a damaged folder, a network that is not a `UNet2DModel` without conditions or
-                with class labels, nor a DiT, a scheduler of an unknown noise schedule, an unknown mode; and as the
-                constructor.
+                with class labels, nor a DiT, a scheduler of an unknown noise schedule, an unknown mode or precision of
+                the weights; and as the constructor.
         """
         pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
+        dtype = dtype_of(weights)
         classes = Path(pretrained_path) / CLASSES_NAME
         with loading(pretrained_path):
-            unet, scheduler, vae = load_parts(pretrained_path, kwargs)
+            unet, scheduler, vae = load_parts(pretrained_path, kwargs, dtype)
             if null_label is None and classes.is_file():
                 null_label = int(json.loads(classes.read_text())["null_label"])
         denoiser = cls(
@@ -298,9 +304,19 @@ class DiffusersDenoiser(Denoiser):
         return null + scale * (conditional - null)
 
     def _call(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        dtype = x_t.dtype
+        if self._in_half_precision:
+            x_t = x_t.bfloat16()
+            conditions = {name: rows.to(type_of(rows, x_t)) for name, rows in conditions.items()}
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         output = self._evaluate(x_t, timestep, conditions)[:, : x_t.shape[1]]
+        output = output.to(dtype) if self._in_half_precision else output
         return output.clone() if self.overwrites_outputs else output
+
+    @property
+    def _in_half_precision(self) -> bool:
+        # Some parts of a network that diffusers loads in half precision stay in float32.
+        return any(parameter.dtype == torch.bfloat16 for parameter in self.unet.parameters())
 
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]
@@ -311,6 +327,17 @@ def _latent_moments(config: Any) -> list[list[float]] | None:  # noqa: ANN401
     """Mean and standard deviation of the latents by channel, of a decoder that has both, as in diffusers' SDXL."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     return None if mean is None or std is None else [list(mean), list(std)]
+
+
+def dtype_of(weights: str) -> torch.dtype:
+    """The precision in which weights are held.
+
+    Raises:
+        ValueError: another one than `Weights`.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"Unknown precision '{weights}' of weights; choose one of {', '.join(get_args(Weights))}.")
+    return torch.bfloat16 if weights == "bfloat16" else torch.float32
 
 
 def check_mode(compile_mode: str | None) -> None:

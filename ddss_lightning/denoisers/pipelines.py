@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddss_lightning.files import not_here
@@ -58,8 +59,8 @@ def check_path(pretrained_path: str | Path, kwargs: Mapping[str, Any]) -> str:
     pretrained_path = str(pretrained_path)
     if given := {"torch_dtype", "dtype"} & kwargs.keys():
         raise ValueError(
-            f"{given.pop()}: a model is loaded in float32; leave it out, and for half precision give the Trainer "
-            "precision='bf16-mixed'."
+            f"{given.pop()}: a model is loaded in float32; leave it out, and for half precision give "
+            "weights='bfloat16', or the Trainer precision='bf16-mixed'."
         )
     folder = Path(pretrained_path)
     if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
@@ -85,8 +86,8 @@ def loading(pretrained_path: str) -> Iterator[None]:
         raise ValueError(f"The diffusion model in '{pretrained_path}' could not be loaded: {reason}{asked}") from error
 
 
-def load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Module | None]:
-    """The network, the scheduler by the class that its configuration names, and the decoder of a latent model."""
+def load_parts(path: str, kwargs: dict[str, str], dtype: torch.dtype) -> tuple[nn.Module, Any, nn.Module | None]:
+    """The network with weights of `dtype`, the scheduler of its configuration's class, a latent model's decoder."""
     import diffusers
 
     def config_of(base: Any, *subfolders: str | None) -> tuple[dict[str, Any], dict[str, str]]:  # noqa: ANN401
@@ -111,13 +112,25 @@ def load_parts(path: str, kwargs: dict[str, str]) -> tuple[nn.Module, Any, nn.Mo
             f"its network is a {name} with conditions; only a UNet2DModel without, or with class labels, and a DiT are "
             "supported."
         )
-    # Loading in one go needs no further package (accelerate) and no warning of its absence.
-    network: nn.Module = getattr(diffusers, name).from_pretrained(path, low_cpu_mem_usage=False, **where)
+    network = load_network(name, path, dtype, where)
     # Older configurations of PixArt name the class that a DiT had, too, and diffusers tells them apart.
     _refuse_texts(type(network).__name__)
     scheduler_config, where = config_of(diffusers.DDPMScheduler, "scheduler", None)
     scheduler_class = _scheduler_class(scheduler_config.get("_class_name", "DDPMScheduler"))
     return network, scheduler_class.from_pretrained(path, **where), _load_decoder(path, kwargs)
+
+
+def load_network(name: str, path: str, dtype: torch.dtype, where: Mapping[str, Any]) -> nn.Module:
+    """A network of diffusers, with weights of `dtype`."""
+    import diffusers
+
+    # Loading in one go needs no further package (accelerate) and no warning of its absence.
+    options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": False, **where}
+    network: nn.Module = getattr(diffusers, name).from_pretrained(path, **options)
+    # diffusers keeps some parts in float32 on purpose; of SD3Transformer2DModel it leaves all.
+    if not any(parameter.dtype == dtype for parameter in network.parameters()):
+        network.to(dtype)
+    return network
 
 
 def _refuse_texts(name: str) -> None:

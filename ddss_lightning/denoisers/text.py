@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddss_lightning.denoisers.calls import Conditions, call, hear_exact_times, sizes_of, type_of
-from ddss_lightning.denoisers.diffusers import DiffusersDenoiser, check_mode
+from ddss_lightning.denoisers.diffusers import DiffusersDenoiser, Weights, check_mode, dtype_of
 from ddss_lightning.denoisers.pipelines import check_path, loading
 from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
 from ddss_lightning.denoisers.text_pipelines import TextPipeline, check_scale
@@ -97,6 +97,7 @@ class TextDenoiser(DiffusersDenoiser):
         negative_prompt: str | None = None,
         compile_mode: str | None = None,
         image_size: int | None = None,
+        weights: Weights = "float32",
         **kwargs: str,
     ) -> TextDenoiser:
         """Load a text-to-image pipeline from a folder or the Hugging Face hub, and encode the prompts.
@@ -110,6 +111,7 @@ class TextDenoiser(DiffusersDenoiser):
             compile_mode: as in `DiffusersDenoiser.from_pretrained`.
             image_size: height and width of the images; default: those that the model was trained for. Give the
                 pipeline the same.
+            weights: of the network, as in `DiffusersDenoiser.from_pretrained`.
             **kwargs: passed to diffusers, such as `revision` or `variant`.
 
         Raises:
@@ -118,6 +120,7 @@ class TextDenoiser(DiffusersDenoiser):
         """
         pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
+        dtype = dtype_of(weights)
         texts = read_prompts(prompts)
         with loading(pretrained_path):
             saved = TextPipeline.read(pretrained_path, kwargs)
@@ -125,7 +128,7 @@ class TextDenoiser(DiffusersDenoiser):
         scale = saved.scale(guidance_scale, negative_prompt)
         latent_size = None if image_size is None else saved.latent_size(image_size)
         with loading(pretrained_path):
-            pipeline = saved.load(pretrained_path, kwargs)
+            pipeline = saved.load(pretrained_path, kwargs, dtype)
             network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
             is_other = latent_size not in (None, sizes_of(network).sample_size)
             if is_other:

@@ -6,7 +6,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from ddss_lightning.denoisers.pipelines import decoder_factor, read_config
+import torch
+
+from ddss_lightning.denoisers.pipelines import decoder_factor, load_network, read_config
 from ddss_lightning.denoisers.prompts import ENCODERS
 
 # What is not needed of a pipeline.
@@ -123,10 +125,9 @@ class TextPipeline:
             )
         return image_size // factor
 
-    def load(self, path: str, kwargs: dict[str, str]) -> Any:  # noqa: ANN401 - one of diffusers' classes
-        """The pipeline, in float32."""
+    def load(self, path: str, kwargs: dict[str, str], dtype: torch.dtype) -> Any:  # noqa: ANN401 - one of diffusers' classes
+        """The pipeline, in float32, but for its network, in `dtype`."""
         import diffusers
-        import torch
 
         left_out = LEFT_OUT.get(self.name, {})
         if self.name == "StableDiffusion3Pipeline" and self.index.get("text_encoder_3", (None, None))[1] is None:
@@ -134,4 +135,8 @@ class TextPipeline:
             left_out = {**left_out, "text_encoder_3": None, "tokenizer_3": None}
         # transformers would keep the text encoders in the type that they were saved in.
         options: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, **left_out, **kwargs}
+        if dtype != torch.float32:
+            part = "transformer" if "transformer" in self.index else "unet"
+            where = {"subfolder": part, **kwargs}
+            options[part] = load_network(self.network["_class_name"], path, dtype, where)
         return getattr(diffusers, self.name).from_pretrained(path, **options)

@@ -44,6 +44,21 @@ def test_output_is_the_network_s_and_time_is_real_valued(denoiser):
     assert (slope != 0).all()
 
 
+def test_weights_in_half_precision(denoiser):
+    """States stay in float32; the images are nearly the same, and it counts as another model."""
+    half = DiffusersDenoiser.from_pretrained(DDPM, weights="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.fingerprint() != denoiser.fingerprint()
+    sampler = GGDMSampler(denoiser.schedule, 5)
+    x_T = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, rounded = (sampler(each, x_T) for each in (denoiser, half))
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().mean() < 0.02
+    with pytest.raises(ValueError, match="Unknown precision 'half' of weights; choose one of float32, bfloat16"):
+        DiffusersDenoiser.from_pretrained(DDPM, weights="half")
+
+
 def test_plain_diffusers_runs_the_shipped_model():
     pipeline = DDPMPipeline.from_pretrained(DDPM)
     pipeline.set_progress_bar_config(disable=True)

@@ -424,6 +424,27 @@ def test_weights_in_half_precision_are_read_in_float32(folder, tmp_path):
     assert kinds <= {torch.float32, torch.int64}
 
 
+def test_a_network_in_half_precision(folder):
+    """It alone is: its images are those in float32 but for rounding, and so is the gradient of a chain."""
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for weights in ("float32", "bfloat16"):
+        denoiser = loaded(folder, guidance_scale=3.0, weights=weights)
+        sampler = GGDMSampler(denoiser.schedule, 3, prediction_type=denoiser.prediction_type)
+        images = denoiser.decode(sampler(denoiser.for_samples("test/0", [0, 1]), x_T))
+        assert images.dtype == torch.float32
+        images.square().mean().backward()
+        found.append((images.detach(), sampler.corrections["time"].grad, sampler.corrections["nu"].grad))
+    kinds = [{value.dtype for value in part.parameters()} for part in (denoiser.unet, denoiser.vae)]
+    assert torch.bfloat16 in kinds[0]
+    assert kinds[1] == {torch.float32}
+    for exact, rounded in zip(*found, strict=True):
+        error = (rounded - exact).norm() / exact.norm()
+        assert 0 < error < 0.2, error
+    with pytest.raises(ValueError, match="Unknown precision 'float16' of weights; choose one of float32, bfloat16"):
+        loaded(folder, weights="float16")
+
+
 def test_flux_sees_real_valued_times_in_half_precision(tmp_path):
     """Its own rounding makes a staircase of them, on which nothing is learned, with steps of 4 in 1000."""
     flux(tmp_path, told=True).save_pretrained(tmp_path / "pipeline")
