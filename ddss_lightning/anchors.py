@@ -208,6 +208,11 @@ def _strided(
     Raises:
         ValueError: an unknown stride, or a scheduler that takes no timesteps or cannot make K calls.
     """
+    if schedule.grid[0] != 0:
+        raise ValueError(
+            f"anchor: strides are for timesteps from 0 on, these begin at {float(schedule.grid[0]):.4g}; leave "
+            "`timesteps` out. Of an EDM scheduler `sigma_schedule: karras` or `exponential` places the calls."
+        )
     reasons: list[ValueError] = []
     for steps in range(num_steps, 0, -1):
         placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"], first).round().long().tolist()

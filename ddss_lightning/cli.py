@@ -108,6 +108,17 @@ class SaveConfig(SaveConfigCallback):
             self.written.unlink(missing_ok=True)
 
 
+# Arguments of a sampler that fits every model.
+STAND_IN = {
+    "anchor": "dpmpp_2m",
+    "eta": 0.0,
+    "stride": "logsnr",
+    "timesteps": None,
+    "learn": [],
+    "parametrization": "anchored",
+}
+
+
 class DDSSCommandLine(LightningCLI):
     """A recipe names a `denoiser`, a `sampler`, `features`, `loss`, `model` (how to learn), `data` and `trainer`.
 
@@ -185,6 +196,11 @@ class DDSSCommandLine(LightningCLI):
             raise ValueError(f"--ckpt_path: there is no file '{checkpoint}', seen from '{Path.cwd()}'.")
         if local:
             _check_readable(checkpoint)
+        sampler = self._get(self.config, "sampler")
+        if folder and self.subcommand not in (None, "fit") and hasattr(sampler, "init_args"):
+            # The recipe's need not fit the model: a stand-in, which fits all, is made until the saved one is loaded.
+            for name, value in STAND_IN.items():
+                sampler.init_args[name] = value
         super().instantiate_classes()
         if checkpoint == "last":
             self._go_on()

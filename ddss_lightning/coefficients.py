@@ -161,7 +161,7 @@ class Coefficients:
         """
         a, marginal_std = (value.detach() for value in self.marginals())
         found: list[str] = []
-        limit = SANE_GROWTH * float(self.prior.max().clamp(min=1))
+        limit = SANE_GROWTH * float(self.prior.detach().max().clamp(min=1))
         for k in range(self.num_steps + 1):
             if not (a[k].isfinite() and marginal_std[k].isfinite()):
                 return [*found, f"x_{k}: the marginal is not finite (a = {a[k]:.3g}, std = {marginal_std[k]:.3g})"]

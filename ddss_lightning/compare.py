@@ -354,12 +354,16 @@ def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
             f"Nothing to compare at {list(settings.steps)} network calls: give --solvers or other --steps."
         )
     found: list[Contender] = []
+    said: set[str] = set()
     for nfe in settings.steps:
         for name in settings.solver_names:
             try:
                 found.append(dict.fromkeys(settings.seeds, solver_candidates(module, name, nfe)))
             except NoSuchCallsError as error:
-                rank_zero_info(f"left out: {error}")
+                # What is not for a model is so for all numbers of calls.
+                if str(error) not in said:
+                    rank_zero_info(f"left out: {error}")
+                said.add(str(error))
         found += [contender for contender in learned if contender[first][0].nfe == nfe]
     for contender in learned:
         if contender[first][0].nfe not in settings.steps:

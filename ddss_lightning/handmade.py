@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +91,8 @@ def _shifted(class_name: str, name: str = "flow_shift", **init_args: Any) -> lis
     return [_scheduler(f"shift {shift:g}", class_name, {**init_args, name: shift}) for shift in SHIFTS]
 
 
-# Of flow matching models: Euler's method is DDIM. (diffusers' DEIS does not make its last step there.)
+# Of flow matching models. Euler's method is DDIM, here as diffusers' own scheduler places it, ending near the image.
+# (Its DEIS does not make its last step there.)
 FLOW_SOLVERS: dict[str, list[Placement]] = {
     "DDPM": _formula("ddim", eta=1.0),
     "DDIM": _formula("ddim"),
@@ -125,12 +128,21 @@ EDM_SOLVERS: dict[str, list[Placement]] = {
 }
 
 
-def placements(name: str, schedule: NoiseSchedule, nfe: int) -> list[Placement]:
+# Of models with times of another kind: our own formulas, which need none.
+OTHER_SOLVERS: dict[str, list[Placement]] = {
+    "DDPM": _formula("ddim", 1.0, ["logsnr"]),
+    "DDIM": _formula("ddim", 0.0, ["logsnr"]),
+    "DPM-Solver++ 2M": _formula("dpmpp_2m", 0.0, ["logsnr"]),
+}
+
+
+def placements(name: str, schedule: NoiseSchedule, prediction_type: str, nfe: int) -> list[Placement]:
     """The ways in which a solver can place its calls for models of this kind.
 
     Args:
         name: of `SOLVERS`.
         schedule: of the model.
+        prediction_type: what its network predicts.
         nfe: how many calls, at least 1.
 
     Raises:
@@ -138,11 +150,13 @@ def placements(name: str, schedule: NoiseSchedule, nfe: int) -> list[Placement]:
     """
     kind, solvers = "", SOLVERS
     if schedule.scaling == "flow":
-        kind, solvers = "flow matching", FLOW_SOLVERS
+        kind, solvers = "flow matching models", FLOW_SOLVERS
+    elif prediction_type.startswith("edm_"):
+        kind, solvers = "EDM models", EDM_SOLVERS
     elif schedule.grid[0] != 0:
-        kind, solvers = "EDM", EDM_SOLVERS
+        kind, solvers = f"models whose times begin at {float(schedule.grid[0]):.4g}", OTHER_SOLVERS
     if name not in solvers:
-        raise NoSuchCallsError(f"{name} is not for {kind} models; those are {', '.join(solvers)}")
+        raise NoSuchCallsError(f"{name} is not for {kind}; those are {', '.join(solvers)}")
     if solvers is not FLOW_SOLVERS or name not in FORMULAS:
         return solvers[name]
     anchor, eta = FORMULAS[name]
@@ -160,6 +174,18 @@ def _shift(times: torch.Tensor, shift: float, schedule: NoiseSchedule) -> list[f
     return shifted
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers' DPM-Solver of single steps says of each odd number of calls."""
+    logger = logging.getLogger("diffusers.schedulers.scheduling_dpmsolver_singlestep")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def solver_samplers(
     name: str, schedule: NoiseSchedule, prediction_type: str, nfe: int
 ) -> list[tuple[str, GGDMSampler]]:
@@ -175,10 +201,10 @@ def solver_samplers(
         NoSuchCallsError: there is none (Heun makes odd numbers of calls only), with the reason of the first one tried.
     """
     found, reason = [], ""
-    for spacing, options in placements(name, schedule, nfe):
+    for spacing, options in placements(name, schedule, prediction_type, nfe):
         arguments: dict[str, Any] = {"learn": (), "prediction_type": prediction_type, **options}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _quiet():
                 # Of all placements of its calls the best one is taken.
                 warnings.filterwarnings("ignore", message=".* is no good sampler")
                 found.append((spacing, GGDMSampler(schedule, nfe, **arguments)))

@@ -179,10 +179,15 @@ class DDSSModule(SamplingModule):
         """Find what would fail, or be learned from wrongly, at the first step, before the first sampler is scored.
 
         Raises:
-            ValueError: too few teacher pairs; a network of one's own that lets no gradient through.
+            ValueError: too few teacher pairs, a teacher that cannot be; a network of one's own that lets no gradient
+                through.
         """
         if self.needs_teacher and self.teacher is not None:
             self.teacher.batch(0, self.trainer.world_size * self.batch_size)
+            try:
+                self.teacher.sampler(self.denoiser)
+            except ValueError as error:
+                raise ValueError(f"model.teacher: {error}") from error
         if self.gauss_newton is None:
             self._check_gradients()
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ddss_lightning.coefficients import Coefficients, PredictionType, without_rounding
+from ddss_lightning.coefficients import SANE_IMAGE, Coefficients, PredictionType, without_rounding
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 from ddss_lightning.unroll import unroll
 
+# Of a hand-made sampler: noise left in the image, and the weights of state and output in the first predicted image.
+LARGEST_REST, LARGEST_WEIGHT = 0.1, 1e4
 # Options that make `step` nonlinear, and what turns them off.
 NONLINEAR_OPTIONS = ("thresholding", "clip_sample", "clip_denoised")
 # A sampler that is linear reproduces its scheduler to 1e-10, or 5e-7 where the scheduler computes in float32.
@@ -59,10 +61,13 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
             f"anchor: there is no scheduler '{anchor['class_path']}' ({error}); name a class such as "
             "'diffusers.UniPCMultistepScheduler'."
         ) from error
+    given = (anchor.get("init_args") or {}).keys()
     init_args = {**_schedule_arguments(schedule, parameters, anchor), **(anchor.get("init_args") or {})}
     if "trained_betas" in init_args:
         # The betas are those of the model already, at zero terminal SNR too: not to be rescaled a second time.
         init_args.pop("rescale_betas_zero_snr", None)
+        if "snr_shift_scale" in parameters:
+            init_args["snr_shift_scale"] = 1.0
     if schedule.scaling == "flow" and "use_flow_sigmas" in parameters:
         init_args.setdefault("use_flow_sigmas", True)
     if "prediction_type" in parameters:
@@ -74,15 +79,25 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
     # One for networks that predict a flow may still step along its betas.
     by_betas = hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
     other = schedule.scaling == "flow" and by_betas
+    if other and not given & {"use_flow_sigmas"}:
+        raise ValueError(
+            f"anchor: {class_name} steps along betas, the model is one of flow matching; use "
+            "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler or DPMSolverMultistepScheduler."
+        )
     if other or not NoiseSchedule.from_scheduler(scheduler).matches(schedule):
         raise ValueError(
-            f"anchor: {class_name} with these init_args has another noise schedule than the model; leave out what "
-            "belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."
+            f"anchor: {class_name} with these init_args has another noise schedule than the model; "
+            + (
+                "leave out what belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."
+                if given
+                else "it cannot be given the model's; use another class."
+            )
         )
     if scheduler_prediction_type(scheduler) != prediction_type:
+        remedy = "leave prediction_type out of init_args, or " if "prediction_type" in given else ""
         raise ValueError(
             f"anchor: {class_name} is for networks that predict '{scheduler_prediction_type(scheduler)}', the model "
-            f"predicts '{prediction_type}'; leave prediction_type out of init_args, or use another class."
+            f"predicts '{prediction_type}'; {remedy}use another class."
         )
     return scheduler
 
@@ -92,7 +107,7 @@ def _schedule_arguments(
 ) -> dict[str, Any]:
     """Arguments that give a scheduler the model's noise schedule, unless the anchor has betas of its own."""
     given = (anchor.get("init_args") or {}).keys()
-    if "sigma_data" in parameters and "trained_betas" not in parameters:
+    if {"sigma_data", "sigma_min"} <= parameters.keys() and "trained_betas" not in parameters:
         sigmas = torch.exp(-schedule.table)
         return {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1]), "sigma_data": schedule.sigma_data}
     if schedule.scaling == "flow":
@@ -101,7 +116,10 @@ def _schedule_arguments(
         return {}
     alphas_cumprod = torch.sigmoid(2 * schedule.table)
     ratios = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(ratios)}
+    found = {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(ratios)}
+    # As `NoiseSchedule.from_scheduler` reads it.
+    is_continuous = "timestep_type" in parameters and schedule.grid[0] != 0
+    return {**found, "timestep_type": "continuous"} if is_continuous else found
 
 
 def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] | None = None) -> int:  # noqa: ANN401
@@ -110,16 +128,17 @@ def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] |
     Raises:
         ValueError: there is none: Heun's method, for example, makes 2 n - 1 calls.
     """
-    counts = {}
+    counts: dict[int, int] = {}
+    reason: ValueError | None = None
     for steps in range(nfe, 0, -1):
         try:
             counts[steps] = _count_calls(scheduler, steps, set_timesteps or {})
         except ValueError as error:
-            reason = error  # too few steps for this scheduler, or wrong arguments
+            reason = reason or error  # too few steps for this scheduler, or wrong arguments
             continue
         if counts[steps] == nfe:
             return steps
-    if not counts:
+    if reason is not None and not counts:
         raise reason
     others = [str(count) for count in sorted(set(counts.values()))]
     possible = ", ".join(others if len(others) < 20 else ["...", *others[-5:]])
@@ -180,7 +199,7 @@ def probe(
     rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
     coefficients = _solve(rows, timesteps, scheduler)
     _verify(coefficients, scheduler, num_steps, set_timesteps, step)
-    problems = coefficients.problems()
+    problems = [*coefficients.problems(), *_weaknesses(coefficients)]
     if problems:
         warnings.warn(
             f"{name} with these options is no good sampler: {'; '.join(problems)}. So it is in diffusers too: use "
@@ -188,6 +207,17 @@ def probe(
             stacklevel=3,
         )
     return coefficients
+
+
+def _weaknesses(coefficients: Coefficients) -> list[str]:
+    """What is allowed of a learned sampler, but looks wrong of a hand-made one."""
+    left, first = float(coefficients.marginals()[1][-1]), float(coefficients.pred[0].abs().max())
+    found = []
+    if LARGEST_REST < left <= SANE_IMAGE[1] - 1:
+        found.append(f"noise of std {left:.3g} is left in the image")
+    if first > LARGEST_WEIGHT:
+        found.append(f"the first predicted image is {first:.3g} times the state and the network's output")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the scheduler's loop
@@ -247,6 +277,7 @@ def run_scheduler(
 def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
     timesteps = kwargs.get("timesteps")
     if timesteps is not None:
+        _check_shift(scheduler)
         _check_timesteps(scheduler, timesteps)
     if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         _set_timesteps(scheduler, len(timesteps), {name: each for name, each in kwargs.items() if name != "timesteps"})
@@ -258,6 +289,21 @@ def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) ->
         scheduler.set_timesteps(**({} if explicit else {"num_inference_steps": num_steps}), **kwargs)
     except Exception as error:  # index errors, assertions, type errors, ...
         raise ValueError(f"{type(scheduler).__name__} cannot be set to {num_steps} steps: {error!r}") from error
+
+
+def _check_shift(scheduler: Any) -> None:  # noqa: ANN401
+    """Along a flow, diffusers shifts noise levels, and leaves given timesteps as they are, or takes none.
+
+    Raises:
+        ValueError: the network would be shown times of other noise.
+    """
+    config = scheduler.config
+    if config.get("use_flow_sigmas") or config.get("use_dynamic_shifting") or config.get("shift", 1.0) != 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} places its calls along the flow by a shift of its noise levels, and would "
+            "show the network other times than `timesteps`; leave them out (and give `shift` or `flow_shift`, or "
+            "`sigmas`), or use the anchors dpmpp_2m or ddim with a stride or timesteps."
+        )
 
 
 def _check_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:  # noqa: ANN401

@@ -72,6 +72,7 @@ class TeacherPairs:
     num_pairs: int = 10_000
     num_steps: int = 50
     anchor: str | dict[str, Any] = "dpmpp_2m"
+    # For models whose times do not begin at 0, `logsnr` stands for `quadratic`.
     stride: Stride = "quadratic"
     chunk_size: int = 256
     relax_radius: float = 0.0
@@ -96,12 +97,14 @@ class TeacherPairs:
         Raises:
             ValueError: an anchor that adds noise, or that is not a GGDM.
         """
+        has_other_times = denoiser.schedule.grid[0] != 0
+        stride: Stride = "logsnr" if self.stride == "quadratic" and has_other_times else self.stride
         sampler = GGDMSampler(
             denoiser.schedule,
             self.num_steps,
             anchor=cast(Solver, self.anchor),
             # The stride belongs to the formulas; a scheduler has its own.
-            stride="linear" if isinstance(self.anchor, dict) else self.stride,
+            stride="linear" if isinstance(self.anchor, dict) else stride,
             learn=(),
             prediction_type=cast(Any, denoiser.prediction_type),
         )

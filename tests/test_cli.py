@@ -421,8 +421,10 @@ def test_a_run_goes_on_with_the_scores_it_has(tmp_path, capsys):
     assert b"num_steps: 5" in recipe
     error = error_of(capsys, quick("test", tmp_path, "--trainer.logger.version=night", "--ckpt_path=last"))
     assert "--ckpt_path=last is for fit" in error
-    # A log folder serves where a sampler is asked for.
+    # A log folder serves where a sampler is asked for, whatever the recipe's own would be.
     main(quick("test", tmp_path, f"--pretrained_sampler={folder}"))
+    main(quick("test", tmp_path, f"--pretrained_sampler={folder}", "--sampler.timesteps=[900.0, 1.0]"))
+    assert "timesteps" in error_of(capsys, quick("test", tmp_path, "--sampler.timesteps=[900.0, 1.0]"))
 
 
 def test_what_is_called_last_but_is_not_there_starts_afresh_and_overwrites_nothing(tmp_path, capsys, caplog):

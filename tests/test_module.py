@@ -543,6 +543,16 @@ def test_too_few_teacher_pairs_are_told_before_scoring(tmp_path):
         trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
 
 
+def test_a_teacher_that_cannot_be_is_told_before_scoring(tmp_path):
+    noisy = {"class_path": "diffusers.DDPMScheduler", "init_args": {"clip_sample": False}}
+    module = make(loss=TeacherLoss(), teacher=TeacherPairs(40, 5, anchor=noisy, cache_dir=str(tmp_path)))
+    module.validation_step = lambda *_: pytest.fail("a sampler was scored")
+    with pytest.raises(
+        ValueError, match=r"^model\.teacher: A teacher must be deterministic, but this anchor adds noise"
+    ):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
+
+
 def test_fixed_numbers_can_be_learned_further(tmp_path, denoiser):
     module = make()
     fixed = GGDMSampler(denoiser.schedule, 3, "dpmpp_2m", learn=())

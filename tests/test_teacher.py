@@ -1,6 +1,8 @@
+import types
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from safetensors.torch import save_file
 
 from ddss_lightning import GGDMSampler, NoiseSchedule, TeacherPairs
@@ -141,6 +143,16 @@ def test_relaxation_lowers_the_distance_of_a_fixed_sampler(pairs, mixture):
         distances.append(distance.detach())
         assert offsets.flatten(1).norm(dim=1).max() <= 0.3 * (1 + 1e-6)
     assert distances[-1].mean() < 0.7 * distances[0].mean()
+
+
+def test_a_teacher_for_times_that_do_not_begin_at_0(pairs, mixture):
+    """As those of EDM models, for which the other strides are not made."""
+    schedule = NoiseSchedule.from_scheduler(EDMEulerScheduler())
+    edm = types.SimpleNamespace(schedule=schedule, prediction_type="edm_epsilon")
+    assert pairs.sampler(edm).config["stride"] == "logsnr"
+    assert pairs.sampler(mixture).config["stride"] == "quadratic"
+    with pytest.raises(ValueError, match=r"stride 'linear' is for timesteps from 0 on, these begin at -1\.554"):
+        TeacherPairs(stride="linear").sampler(edm)
 
 
 def test_bad_arguments(mixture):

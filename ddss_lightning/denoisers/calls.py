@@ -96,15 +96,18 @@ def _call_flux(network: Any, x_t: Tensor, timestep: Tensor, conditions: Conditio
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x_t)
     network.time_text_embed.exact_times = timestep
-    output: Tensor = network(
-        hidden_states=patches.flatten(3).flatten(1, 2),
-        timestep=timestep / 1000,
-        img_ids=places,
-        txt_ids=x_t.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
-        return_dict=False,
-        **conditions,
-    )[0]
-    network.time_text_embed.exact_times = None
+    try:
+        output: Tensor = network(
+            hidden_states=patches.flatten(3).flatten(1, 2),
+            timestep=timestep / 1000,
+            img_ids=places,
+            txt_ids=x_t.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
+            return_dict=False,
+            **conditions,
+        )[0]
+    finally:
+        # A pipeline may use the network, too.
+        network.time_text_embed.exact_times = None
     output = output.reshape(num, height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return output.reshape(num, -1, height, width)
 
