@@ -52,7 +52,7 @@ def test_shipped_sampler_of_glyphs_belongs_to_the_shipped_model(glyphs_denoiser,
 
 @torch.no_grad()
 def test_five_calls_on_glyphs_beat_their_anchor(glyphs_denoiser, tmp_path):
-    """On the same noise: 134 against 188 with 5000 images, 322 against 364 with these 300."""
+    """On the same noise: 128 against 188 with 10,000 images, 322 against 364 with these 300."""
     features = ConvFeatures.from_pretrained(ROOT / "checkpoints" / "glyphs-features")
     folder = ROOT / "checkpoints" / "glyphs-ggdm-5"
     learned = GGDMSampler.from_pretrained(folder)
