@@ -91,6 +91,10 @@ def _shifted(class_name: str, name: str = "flow_shift", **init_args: Any) -> lis
     return [_scheduler(f"shift {shift:g}", class_name, {**init_args, name: shift}) for shift in SHIFTS]
 
 
+# Solvers of our own: anchor and eta.
+FORMULAS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
+# Of models with times of another kind: our own formulas, which need none.
+OTHER_SOLVERS = {name: _formula(anchor, eta, ["logsnr"]) for name, (anchor, eta) in FORMULAS.items()}
 # Of flow matching models. Euler's method is DDIM, here as diffusers' own scheduler places it, ending near the image.
 # (Its DEIS does not make its last step there.)
 FLOW_SOLVERS: dict[str, list[Placement]] = {
@@ -105,8 +109,6 @@ FLOW_SOLVERS: dict[str, list[Placement]] = {
     "UniPC 2": _shifted("UniPCMultistepScheduler", solver_order=2),
     "UniPC 3": _shifted("UniPCMultistepScheduler", solver_order=3),
 }
-# Of them, those of our own formulas, which take the shifted times as they are: t = T, ..., T / K before the shift.
-FORMULAS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
 
 
 # `exponential` is the stride `logsnr` of our own formulas.
@@ -119,31 +121,17 @@ def _edm(class_name: str, spacings: Sequence[str] = ("karras", "exponential"), *
 
 # Of EDM models (Karras et al. 2022), whose times are logarithms of noise; Euler's method is DDIM.
 EDM_SOLVERS: dict[str, list[Placement]] = {
-    "DDPM": _formula("ddim", 1.0, ["logsnr"]),
-    "DDIM": _formula("ddim", 0.0, ["logsnr"]) + _edm("EDMEulerScheduler", OTHER),
+    **OTHER_SOLVERS,
+    "DDIM": OTHER_SOLVERS["DDIM"] + _edm("EDMEulerScheduler", OTHER),
     "Euler": _edm("EDMEulerScheduler"),
-    "DPM-Solver++ 2M": _formula("dpmpp_2m", 0.0, ["logsnr"]) + _edm("EDMDPMSolverMultistepScheduler", OTHER),
+    "DPM-Solver++ 2M": OTHER_SOLVERS["DPM-Solver++ 2M"] + _edm("EDMDPMSolverMultistepScheduler", OTHER),
     "DPM-Solver++ 3M": _edm("EDMDPMSolverMultistepScheduler", solver_order=3),
     "DPM-Solver++ 2M SDE": _edm("EDMDPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
 }
 
 
-# Of models with times of another kind: our own formulas, which need none.
-OTHER_SOLVERS: dict[str, list[Placement]] = {
-    "DDPM": _formula("ddim", 1.0, ["logsnr"]),
-    "DDIM": _formula("ddim", 0.0, ["logsnr"]),
-    "DPM-Solver++ 2M": _formula("dpmpp_2m", 0.0, ["logsnr"]),
-}
-
-
 def placements(name: str, schedule: NoiseSchedule, prediction_type: str, nfe: int) -> list[Placement]:
-    """The ways in which a solver can place its calls for models of this kind.
-
-    Args:
-        name: of `SOLVERS`.
-        schedule: of the model.
-        prediction_type: what its network predicts.
-        nfe: how many calls, at least 1.
+    """The ways in which a solver can place its calls for models of this kind; arguments as of `solver_samplers`.
 
     Raises:
         NoSuchCallsError: the solver is not for such models.
@@ -159,6 +147,7 @@ def placements(name: str, schedule: NoiseSchedule, prediction_type: str, nfe: in
         raise NoSuchCallsError(f"{name} is not for {kind}; those are {', '.join(solvers)}")
     if solvers is not FLOW_SOLVERS or name not in FORMULAS:
         return solvers[name]
+    # Our own formulas take the shifted times as they are: t = T, ..., T / K before the shift.
     anchor, eta = FORMULAS[name]
     times = 1 - torch.arange(nfe, dtype=torch.float64) / nfe
     return solvers[name] + [

@@ -277,7 +277,8 @@ def run_scheduler(
 def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
     timesteps = kwargs.get("timesteps")
     if timesteps is not None:
-        _check_shift(scheduler)
+        if kwargs.get("sigmas") is None:
+            _check_shift(scheduler)
         _check_timesteps(scheduler, timesteps)
     if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         _set_timesteps(scheduler, len(timesteps), {name: each for name, each in kwargs.items() if name != "timesteps"})

@@ -94,6 +94,9 @@ def test_times_that_a_flow_scheduler_would_show_wrongly_are_refused():
         anchor["set_timesteps"] = {"timesteps": "quadratic"}
         with pytest.raises(ValueError, match=f"{name} places its calls along the flow by a shift"):
             GGDMSampler(NoiseSchedule.from_scheduler(shifted), 4, anchor=anchor, prediction_type="flow_prediction")
+    # With noise levels of their own they are shown as they are given.
+    both = GGDMSampler.from_scheduler(shifted, 4, set_timesteps={**times, "sigmas": [1.0, 0.75, 0.5, 0.25]})
+    assert both.timesteps().tolist() == times["timesteps"]
     plain = GGDMSampler.from_scheduler(FlowMatchEulerDiscreteScheduler(), 4, set_timesteps=times)
     assert plain.timesteps().tolist() == times["timesteps"]
 

@@ -40,11 +40,12 @@ class TextDenoiser(DiffusersDenoiser):
         prediction_type: see `ddss_lightning.coefficients.prediction_pair`.
         name: where it came from.
         vae: decoder of the latents.
-        guidance_scale: w, at least 1.
+        guidance_scale: w, at least 1, or 0 where the network is told it.
 
     Raises:
         ValueError: as `DiffusersDenoiser`; no prompts, names with different numbers of them, or a negative one of
-            another shape; a guidance scale below 1; a network that is told its guidance scale (of a consistency model).
+            another shape; a guidance scale below that; a network of a consistency model, which is told its scale in
+            another way.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class TextDenoiser(DiffusersDenoiser):
             **kwargs: passed to diffusers, such as `revision` or `variant`.
 
         Raises:
-            ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode, a size
-                that the latents cannot have, a negative prompt that would play no part.
+            ValueError: nothing there, a damaged folder, another kind of pipeline, no prompts, an unknown mode or
+                precision of the weights, a size that the latents cannot have, a negative prompt that would play no
+                part.
         """
         pretrained_path = check_path(pretrained_path, kwargs)
         check_mode(compile_mode)
