@@ -32,7 +32,8 @@ from ddss_lightning.precision import full_precision
 from ddss_lightning.replay import Replay
 from ddss_lightning.sampling import LARGE, SamplingModule
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
-from ddss_lightning.teacher import TeacherImages, TeacherPairs
+from ddss_lightning.teacher import TeacherPairs
+from ddss_lightning.teacher_batches import TeacherBatches
 
 # What else than its weights a denoiser's images depend on, and a fit is not resumed with another of.
 CONDITIONED = ("guidance_scale", "prompts", "image_size")
@@ -164,10 +165,9 @@ class DDSSModule(SamplingModule):
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._skipped_step = -1
         self._schedule: LambdaLR | None = None
-        # x'_T - x_T of each pair, in main memory, and what they become if the step is taken.
-        self._offsets: Tensor | None = None
-        self._moved: tuple[list[int], Tensor] | None = None
-        self._targets: TeacherImages | None = None
+        self._teacher_batches: TeacherBatches | None = None
+        # Of a checkpoint, until training starts.
+        self._loaded_offsets: Tensor | None = None
         # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
         learned = {name for name, value in self.named_parameters() if value.requires_grad}
         everything = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
@@ -228,8 +228,8 @@ class DDSSModule(SamplingModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
-        self._targets = self._load_teacher() if self.needs_teacher else None
-        if self._targets is not None:
+        self._teacher_batches = self._load_teacher() if self.needs_teacher else None
+        if self._teacher_batches is not None:
             self.loss.fit_target(self._encode_target)
         self._renew_rates()
 
@@ -243,41 +243,35 @@ class DDSSModule(SamplingModule):
         """Whether a training step compares with the teacher's images."""
         return self.gauss_newton is None and not TARGETS.isdisjoint(self.loss.needs)
 
-    def _load_teacher(self) -> TeacherImages:
+    @property
+    def start_noise_offsets(self) -> Tensor | None:
+        """x'_T - x_T of all teacher pairs, shape (num_pairs, *state_shape); None where none has moved."""
+        return self._loaded_offsets if self._teacher_batches is None else self._teacher_batches.offsets
+
+    def _load_teacher(self) -> TeacherBatches:
         assert self.teacher is not None
-        self.teacher.batch(0, self.trainer.world_size * self.batch_size)
-        where = (self.device, self._image_dtype, self.global_rank, self.trainer.world_size)
+        rank, world_size = self.global_rank, self.trainer.world_size
+        where = (self.device, self._image_dtype, rank, world_size)
         with noted(*SIGNALS) as received:
             self.teacher.make(self.denoiser, *where, self.features_batch_size, told_to_stop=lambda: bool(received))
         self.trainer.strategy.barrier("teacher")
         if agreed(self.trainer, bool(received)):
             stop(self.trainer, received[0] if received else SIGNALS[0], f"{NOTHING_LEARNED}; its images are kept")
-        shape = (self.teacher.num_pairs, *self.denoiser.state_shape)
-        if not self.teacher.relax_radius:
-            self._offsets = None
-        elif self._offsets is None:
-            self._offsets = torch.zeros(shape)
-        elif self._offsets.shape != shape:
-            raise ValueError(
-                f"The checkpoint's start noise is of {len(self._offsets)} teacher pairs, num_pairs is {shape[0]}; "
-                "resume with the recipe it was started with."
-            )
-        return self.teacher.load(self.denoiser)
+        offsets = self.start_noise_offsets
+        return TeacherBatches(self.teacher, self.denoiser, self.batch_size, rank, world_size, offsets)
 
     @torch.no_grad()
     def _encode_target(self, network: FeatureExtractor | None = None) -> Tensor:
         """The output of a feature network for all of the teacher's images, shape (p, d)."""
-        assert self._targets is not None
+        assert self._teacher_batches is not None
+        images = self._teacher_batches.images
         network = self.features if network is None else network
         size = self.features_batch_size or self.microbatch_size or self.batch_size
-        if len(self._targets) >= LARGE:
-            rank_zero_info(
-                f"{type(network).__name__} of {len(self._targets)} images of the teacher, which takes a while"
-            )
-        parts = torch.arange(len(self._targets)).split(size)
+        if len(images) >= LARGE:
+            rank_zero_info(f"{type(network).__name__} of {len(images)} images of the teacher, which takes a while")
+        parts = torch.arange(len(images)).split(size)
         with full_precision(self.device.type):
-            images = (self._targets[part.tolist()].to(self.device, network.dtype) for part in parts)
-            return torch.cat([network(each) for each in images])
+            return torch.cat([network(images[part.tolist()].to(self.device, network.dtype)) for part in parts])
 
     def generated(self, x_T: Tensor, noise: Tensor | None, denoiser: Denoiser | None = None) -> tuple[Tensor, ...]:
         """What the loss sees of samples from this noise: features, shape (N, d), or pixels, or both, in this order.
@@ -322,7 +316,8 @@ class DDSSModule(SamplingModule):
         learned = [value for value in self.sampler.parameters() if value.requires_grad]
         leaves = [*learned, x_T] if x_T.requires_grad else learned
         loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
-        self._plan_start_noise(*gradients[len(learned) :])
+        if self._teacher_batches is not None and x_T.requires_grad:
+            self._teacher_batches.plan(self.global_step, gradients[-1])
         linear = torch.stack([(v * gradient).sum() for v, gradient in zip(learned, gradients, strict=False)]).sum()
         # A mean over own images differs between processes.
         self.log(f"train/{self.loss.name}", loss, prog_bar=True, sync_dist=True)
@@ -339,42 +334,21 @@ class DDSSModule(SamplingModule):
             needed. x_T requires a gradient where it is to move.
         """
         start = self.global_rank * self.batch_size
-        samples, shape = range(start, start + self.batch_size), self.denoiser.state_shape
+        samples = range(start, start + self.batch_size)
         noisy = self.sampler.uses_noise
         draws = self.sampler.num_steps if noisy else 1
         key = ("train", self.seed, self.global_step)
-        x_T, drawn = batch_noise(key, samples.start, samples.stop, shape, draws)
+        x_T, drawn = batch_noise(key, samples.start, samples.stop, self.denoiser.state_shape, draws)
         noise = drawn if noisy else None
-        if self._targets is None or self.teacher is None:
+        if self._teacher_batches is None:
             return "/".join(map(str, key)), samples, x_T, noise, None
-        pairs = self._own_pairs()
-        x_T, target = self.teacher.noise(pairs, shape), self._targets[pairs]
-        if self._offsets is not None:
-            x_T = (x_T + self._offsets[pairs]).requires_grad_()
-        return self.teacher.noise_key, pairs, x_T, noise, target.to(self.device, self._image_dtype)
+        pairs, x_T, target = self._teacher_batches.start(self.global_step)
+        key_of_pairs = self._teacher_batches.teacher.noise_key
+        return key_of_pairs, pairs, x_T, noise, target.to(self.device, self._image_dtype)
 
-    def _pairs(self) -> list[int]:
-        """The teacher pairs of this step, of all processes."""
-        assert self.teacher is not None
-        return self.teacher.batch(self.global_step, self.trainer.world_size * self.batch_size)
-
-    def _own_pairs(self) -> list[int]:
-        start = self.global_rank * self.batch_size
-        return self._pairs()[start : start + self.batch_size]
-
-    def _plan_start_noise(self, gradient: Tensor | None = None) -> None:
-        """What the start noise becomes if the step is taken."""
-        if gradient is not None and self._offsets is not None and self.teacher is not None:
-            self._moved = self._pairs(), self.teacher.moved(self._offsets[self._own_pairs()], gradient)
-
-    def _move_start_noise(self) -> None:
-        if self._moved is None or self._offsets is None:
-            return
-        (pairs, moved), self._moved = self._moved, None
-        if self.trainer.world_size > 1:
-            # A pair comes to another process in another epoch.
-            moved = torch.cat(list(self.all_gather(moved))).to(self._offsets)
-        self._offsets[pairs] = moved
+    def _of_all(self, own: Tensor) -> Tensor:
+        """What all processes have, concatenated."""
+        return torch.cat(list(self.all_gather(own))) if self.trainer.world_size > 1 else own
 
     def _loss_and_slopes(
         self, outputs: Sequence[Tensor], batch: Tensor, target: Tensor | None = None
@@ -546,7 +520,8 @@ class DDSSModule(SamplingModule):
             return
         for part in every_loss(self.loss).values():
             part.advance()
-        self._move_start_noise()
+        if self._teacher_batches is not None:
+            self._teacher_batches.advance(self._of_all)
         step = self.global_step + 1
         decay = min(self.ema_decay, step / (9 + step)) if self.ema_decay else 0.0
         with torch.no_grad():
@@ -625,8 +600,8 @@ class DDSSModule(SamplingModule):
         checkpoint["compared"] = self._compared()
         memories = {name: part.memory() for name, part in every_loss(self.loss).items()}
         checkpoint["loss_memory"] = {name: memory for name, memory in memories.items() if memory}
-        if self._offsets is not None:
-            checkpoint["start_noise_offsets"] = self._offsets
+        if (offsets := self.start_noise_offsets) is not None:
+            checkpoint["start_noise_offsets"] = offsets
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
@@ -659,6 +634,6 @@ class DDSSModule(SamplingModule):
                 )
             for name, part in losses.items():
                 part.restore(memories.get(name, {}))
-            self._offsets = checkpoint.get("start_noise_offsets")
+            self._teacher_batches, self._loaded_offsets = None, checkpoint.get("start_noise_offsets")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

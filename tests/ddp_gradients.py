@@ -91,8 +91,8 @@ def gradient(way, world_size, folder, global_batch=GLOBAL_BATCH):
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DigitsDataModule(batch_size=size, steps_per_epoch=max_steps))
-    if module._offsets is not None:
-        found["start noise"] = module._offsets.tolist()
+    if module.start_noise_offsets is not None:
+        found["start noise"] = module.start_noise_offsets.tolist()
     return found
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
     "full_matrix_adam": set(),
     "gauss_newton": {"losses"},
     "teacher": {"denoisers", "files", "ggdm", "images", "noise", "schedule", "solvers"},
+    "teacher_batches": {"denoisers", "teacher"},
     "sampling": {"denoisers", "features", "ggdm", "images", "noise", "precision", "remat"},
     "module": {
         "denoisers",
@@ -54,6 +55,7 @@ ALLOWED = {
         "sampling",
         "signals",
         "teacher",
+        "teacher_batches",
     },
     "callbacks": {"features", "files", "ggdm", "images", "metrics", "pictures", "precision", "sampling", "signals"},
     "cost": {"features", "ggdm", "losses", "module", "replay"},

@@ -673,7 +673,7 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
     # What only scores asks for the sampler alone.
     scored = make()
     trainer(tmp_path, 1, enable_checkpointing=False).validate(scored, data(), ckpt_path=path, verbose=False)
-    assert scored._offsets is None
+    assert scored.start_noise_offsets is None
     resume(another(chunk_size=7), path)
     old = torch.load(path, weights_only=True)
     del old["compared"]
@@ -704,7 +704,7 @@ def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):
 
     class Look(Callback):
         def on_train_batch_end(self, *_):
-            seen.append((loss.losses["frechet"].memory()["mean"].clone(), module._offsets.clone()))
+            seen.append((loss.losses["frechet"].memory()["mean"].clone(), module.start_noise_offsets.clone()))
 
     with pytest.warns(UserWarning, match="Step 1: the gradient is not finite; skipped"):
         trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0, callbacks=[Look()]).fit(module, data(3))
