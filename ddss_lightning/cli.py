@@ -161,7 +161,9 @@ class DDSSCommandLine(LightningCLI):
         for part in ("denoiser", "sampler", "features", "loss"):
             parser.link_arguments(part, f"model.{part}", apply_on="instantiate")
         parser.add_argument(
-            "--pretrained_sampler", type=str | None, help="folder of a saved sampler, used instead of the recipe's"
+            "--pretrained_sampler",
+            type=str | None,
+            help="a saved sampler, used instead of the recipe's: a folder, or a hub name",
         )
 
     def before_instantiate_classes(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
 from ddss_lightning.files import replacing
-from ddss_lightning.ggdm import CARD_NAME, GGDMSampler, read_card
+from ddss_lightning.ggdm import CARD_NAME, WEIGHTS_NAME, GGDMSampler, read_card, saved_sampler
 from ddss_lightning.pictures import mu_figure, save_figure
 from ddss_lightning.scheduler import GGDMScheduler
 
@@ -24,12 +24,16 @@ MODULE_NAME = "scheduler.py"
 def sampler_folder(path: str | Path) -> Path:
     """The folder of the sampler: `path` itself, or that in the log folder of a fit, or in a folder with one fit.
 
+    Of a hub name `owner/model`: where the hub's cache keeps it.
+
     Raises:
         ValueError: no sampler there, or those of several fits.
     """
-    folder = Path(path)
+    folder = saved_sampler(path)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder '{folder}'; give a saved sampler or the log folder of a fit.")
+        raise ValueError(
+            f"There is no folder '{folder}'; give a saved sampler, the log folder of a fit, or a hub name owner/model."
+        )
     for candidate in (folder, folder / "sampler"):
         if (candidate / CARD_NAME).is_file():
             return candidate
@@ -46,9 +50,10 @@ def sampler_folder(path: str | Path) -> Path:
 
 
 def export(sampler: str, output: str, overwrite: bool = False) -> None:
-    """Write a sampler as a diffusers scheduler: `scheduler_config.json`, `scheduler.py` and a card.
+    """Write a sampler as a diffusers scheduler: `scheduler_config.json`, `scheduler.py`, a card, the sampler's files.
 
-    `GGDMScheduler.from_pretrained(output)` reads it. Put into a pipeline's folder as `scheduler/`, with
+    `GGDMScheduler.from_pretrained(output)` and `GGDMSampler.from_pretrained(output)` read it, also from the Hugging
+    Face hub, to which the folder can be uploaded as it is. Put into a pipeline's folder as `scheduler/`, with
     `"scheduler": ["scheduler", "GGDMScheduler"]` in `model_index.json`, it also loads without this package, by
     `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
 
@@ -65,7 +70,8 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
     for problem in loaded.coefficients().problems():
         warnings.warn(f"The sampler in '{source}' is no good one: {problem}.", stacklevel=2)
     scheduler = GGDMScheduler.from_sampler(loaded, base_model=read_card(source)["base_model"].get("name"))
-    present = [name for name in (GGDMScheduler.config_name, MODULE_NAME, "README.md") if (folder / name).exists()]
+    names = (GGDMScheduler.config_name, MODULE_NAME, "README.md", CARD_NAME, WEIGHTS_NAME)
+    present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(f"'{folder}' already holds {', '.join(present)}; give another folder or --overwrite=true.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +83,11 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
         shutil.copyfile(str(scheduler_module.__file__), module)
         card.write_text(_card(scheduler, read_card(source)))
         scheduler.save_pretrained(made)
-        os.replace(Path(made, GGDMScheduler.config_name), folder / GGDMScheduler.config_name)
-    print(f"wrote {scheduler.num_steps} steps to '{folder}': {GGDMScheduler.config_name}, {MODULE_NAME}, README.md")
+        for name in (WEIGHTS_NAME, CARD_NAME):
+            shutil.copyfile(source / name, Path(made, name))
+        for name in (GGDMScheduler.config_name, WEIGHTS_NAME, CARD_NAME):
+            os.replace(Path(made, name), folder / name)
+    print(f"wrote {scheduler.num_steps} steps to '{folder}': {', '.join(names)}")
 
 
 def _card(scheduler: GGDMScheduler, card: dict[str, Any]) -> str:

@@ -483,7 +483,8 @@ def parse(args: list[str]) -> tuple[list[str], Comparison, list[str]]:
         "--samplers",
         nargs="*",
         default=default.samplers,
-        help="folders of learned samplers; those of one label are one curve; {seed} stands for the seed of the noise",
+        help="folders (or hub names) of learned samplers; those of one label are one curve; {seed} stands for the seed "
+        "of the noise",
         metavar="[LABEL=]FOLDER",
     )
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,30 @@ def why_no_folder(path: str | Path) -> str:
 def not_here() -> str:
     """Why a folder that a recipe names may not have been found."""
     return f"there is no such folder, seen from '{Path.cwd()}'; a recipe's paths begin where the command was started"
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether this can name a model on the Hugging Face hub: one slash, and no place in a folder that is here."""
+    return not Path(path).exists() and str(path).count("/") == 1 and not Path(path).parent.is_dir()
+
+
+def fetch_from_hub(name: str, files: Sequence[str]) -> Path:
+    """The folder with these files of a model on the Hugging Face hub, in the hub's cache.
+
+    Raises:
+        ValueError: no such model or file, no access, no connection and not in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folders = [Path(hf_hub_download(name, file)).parent for file in files]
+    # Of a dozen kinds.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"'{name}' could not be fetched from the hub, which was asked, for {not_here()}: {reason}"
+        ) from error
+    return folders[-1]
 
 
 def default_cache_dir() -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
 from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, prediction_pair
-from ddss_lightning.files import replacing
+from ddss_lightning.files import fetch_from_hub, is_hub_name, replacing
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
@@ -449,7 +449,7 @@ class GGDMSampler(nn.Module):
         """Read what `save_pretrained` wrote.
 
         Args:
-            pretrained_path: a local folder.
+            pretrained_path: a local folder, or a hub name `owner/model`.
 
         Returns:
             The sampler. One of format 1 that adds noise to a multistep solver, whose past predictions saw the noise
@@ -458,7 +458,7 @@ class GGDMSampler(nn.Module):
         Raises:
             ValueError: a file is missing, damaged, of another sampler than the other, or written by a newer format.
         """
-        folder = Path(pretrained_path)
+        folder = saved_sampler(pretrained_path)
         card = read_card(folder)
         try:
             numbers = (folder / WEIGHTS_NAME).read_bytes()
@@ -534,13 +534,22 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
+def saved_sampler(path: str | Path) -> Path:
+    """The folder of a saved sampler: `path` itself or, of a hub name, where the hub's cache keeps its two files.
+
+    Raises:
+        ValueError: a hub name whose files cannot be fetched.
+    """
+    return fetch_from_hub(str(path), (CARD_NAME, WEIGHTS_NAME)) if is_hub_name(path) else Path(path)
+
+
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card (`sampler.json`) of a saved sampler.
+    """The card (`sampler.json`) of a saved sampler, in a folder or on the hub.
 
     Raises:
         ValueError: no sampler there, a card that is not JSON, or one of a newer format.
     """
-    path = Path(folder) / CARD_NAME
+    path = saved_sampler(folder) / CARD_NAME
     if not path.is_file():
         raise ValueError(
             f"No sampler in '{folder}': '{CARD_NAME}' is missing. Give a folder written by "

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ddss_lightning.cli import main
 from ddss_lightning.commands import sampler_folder
+from ddss_lightning.ggdm import GGDMSampler, read_card
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.conftest import ROOT
 
@@ -76,11 +78,49 @@ def test_export_of_a_fit(fits, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", SAMPLER, str(output)])
     assert (
-        "already holds scheduler_config.json, scheduler.py, README.md; give another folder or"
+        "already holds scheduler_config.json, scheduler.py, README.md, sampler.json, sampler.safetensors; give another "
         in capsys.readouterr().err
     )
     assert (output / "scheduler_config.json").read_bytes() == before
     main(["export", SAMPLER, str(output), "--overwrite=true"])
+
+
+def test_what_was_exported_is_the_sampler_too(fits, tmp_path):
+    """All that a repository on the hub needs is in one folder."""
+    main(["export", str(fits / "version_1"), str(tmp_path / "out")])
+    for name in ("sampler.json", "sampler.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (fits / "version_1" / "sampler" / name).read_bytes()
+    assert sampler_folder(tmp_path / "out") == tmp_path / "out"
+    main(["export", str(tmp_path / "out"), str(tmp_path / "out"), "--overwrite=true"])
+    assert GGDMSampler.from_pretrained(tmp_path / "out").num_steps == 5
+
+
+def test_samplers_of_the_hub(tmp_path, monkeypatch, capsys):
+    """By a name with one slash that is no place here; a hub that has no such model, or is out of reach, says so."""
+    asked = []
+
+    def download(name, file):
+        asked.append(name)
+        if name != "someone/digits":
+            raise OSError(f"no model {name}")
+        return str(ROOT / SAMPLER / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    main(["inspect", "someone/digits"])
+    assert "5 network calls" in capsys.readouterr().out
+    expected, found = (GGDMSampler.from_pretrained(each).state_dict() for each in (ROOT / SAMPLER, "someone/digits"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert read_card("someone/digits") == read_card(ROOT / SAMPLER)
+    with pytest.raises(
+        ValueError, match=r"'no/one' could not be fetched from the hub, .*no such folder.*: no model no/one"
+    ):
+        GGDMSampler.from_pretrained("no/one")
+    assert set(asked) == {"someone/digits", "no/one"}
+    (tmp_path / "runs").mkdir()
+    for nowhere in ("runs/5", "nowhere", "a/b/c"):
+        with pytest.raises(ValueError, match=f"There is no folder '{nowhere}'"):
+            sampler_folder(nowhere)
 
 
 def test_where_the_sampler_is(fits):

@@ -176,6 +176,8 @@ def test_export_travels_with_a_pipeline_and_runs_without_this_package(sampler, t
         "scheduler_config.json",
         "scheduler.py",
         "README.md",
+        "sampler.json",
+        "sampler.safetensors",
     }
     assert "num_inference_steps=4" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="already holds scheduler_config"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddss_lightning.files import not_here
+from ddss_lightning.files import is_hub_name, not_here
 
 SHOWN_TEXTS = (
     "UNet2DConditionModel",
@@ -62,8 +62,7 @@ def check_path(pretrained_path: str | Path, kwargs: Mapping[str, Any]) -> str:
             f"{given.pop()}: a model is loaded in float32; leave it out, and for half precision give "
             "weights='bfloat16', or the Trainer precision='bf16-mixed'."
         )
-    folder = Path(pretrained_path)
-    if not folder.is_dir() and (folder.parent.is_dir() or pretrained_path.count("/") != 1):
+    if not Path(pretrained_path).is_dir() and not is_hub_name(pretrained_path):
         raise ValueError(
             f"No diffusion model in '{pretrained_path}': {not_here()}. Give a folder written by a diffusers "
             "pipeline's `save_pretrained`, such as 'checkpoints/digits-ddpm', or a hub name owner/model."
