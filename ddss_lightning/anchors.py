@@ -18,6 +18,7 @@ from ddss_lightning.solvers import (
     ddim_noise_angles,
     first_timestep,
     ggdm_form,
+    magnitude,
     solver_form,
     stride_timesteps,
 )
@@ -145,7 +146,7 @@ class ImportedAnchor(nn.Module):
         moved = angles_0 + angles
         # A step that is all noise has no other part to stretch.
         ratio = torch.where(angles_0.cos() > 1e-6, moved.cos() / angles_0.cos(), 1.0)
-        std = self.marginal_std * torch.where(moved >= 0, moved, -moved).sin()
+        std = self.marginal_std * magnitude(moved.sin())
         ratio = torch.nn.functional.pad(ratio, (0, 1), value=1.0)[:, None]
         mu_0, _, past_0 = ggdm_form(self.state_weights, self.predictions, self.past_noise)
         mu, nu, past = ggdm_form(

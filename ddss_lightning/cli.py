@@ -191,7 +191,8 @@ class DDSSCommandLine(LightningCLI):
             raise ValueError(
                 f"--ckpt_path: '{checkpoint}' is a folder; give a file, such as its checkpoints/last.ckpt."
             )
-        if folder and checkpoint:
+        # A fit that began with a saved sampler needs both: the one says what is learned, the other where it was.
+        if folder and checkpoint and self.subcommand != "fit":
             raise ValueError("Give --pretrained_sampler or --ckpt_path, not both: each brings a sampler.")
         local = checkpoint and checkpoint.partition(":")[0] not in KEYWORDS and "://" not in checkpoint
         if local and not Path(checkpoint).exists():
@@ -231,7 +232,6 @@ class DDSSCommandLine(LightningCLI):
         if found:
             for path in found:
                 _check_readable(path)
-            self.quality.overwrite = True
         else:
             # A run that ended before its first checkpoint, if any, has nothing to lose but its start.
             rank_zero_info("there is no checkpoint in the folder of the run yet: a new fit")

@@ -67,5 +67,5 @@ def fetch_from_hub(name: str, files: Sequence[str]) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """`ddss_lightning` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddss_lightning"
+    """`ddss_lightning` in `$XDG_CACHE_HOME`, else (as where it is empty) in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddss_lightning"

@@ -22,7 +22,7 @@ from ddss_lightning.files import fetch_from_hub, is_hub_name, replacing
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
-from ddss_lightning.solvers import Solver, Stride, first_timestep, stride_timesteps
+from ddss_lightning.solvers import Solver, Stride, first_timestep, magnitude, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
@@ -309,8 +309,7 @@ class GGDMSampler(nn.Module):
             mu = mu.index_put((rows, columns), self.corrections["mu"], accumulate=True)
         nu = start.nu + self._correction("nu")
         if not anchored and "std" in self.corrections:
-            free = std[:-1] + self.corrections["std"]
-            std = torch.nn.functional.pad(torch.where(free >= 0, free, -free), (0, 1))
+            std = torch.nn.functional.pad(magnitude(std[:-1] + self.corrections["std"]), (0, 1))
         # Freely learned noise stays in: only what the solver itself takes out of past predictions is taken out.
         past_noise = start.past_noise if anchored else start.past_noise * (start.std != 0)
         moved = dataclasses.replace(start, mu=mu, nu=nu, std=std, past_noise=past_noise)

@@ -178,10 +178,21 @@ class DDSSModule(SamplingModule):
     def on_fit_start(self) -> None:
         """Find what would fail, or be learned from wrongly, at the first step, before the first sampler is scored.
 
+        What an earlier fit of this module left (moments, start noise, skipped steps) plays no part in a new one.
+
         Raises:
             ValueError: too few teacher pairs, a teacher that cannot be; a network of one's own that lets no gradient
                 through.
         """
+        self._skipped_step = -1
+        if self.trainer.ckpt_path is None and not self.global_step:
+            self._teacher_batches = self._loaded_offsets = None
+            self.num_skipped = self.num_skipped_in_a_row = 0
+            for part in every_loss(self.loss).values():
+                part.restore({})
+        elif self.num_skipped_in_a_row >= self.max_skipped_steps:
+            # It was stopped for that, and has another try.
+            self.num_skipped_in_a_row = 0
         if self.needs_teacher and self.teacher is not None:
             self.teacher.batch(0, self.trainer.world_size * self.batch_size)
             try:

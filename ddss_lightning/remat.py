@@ -119,7 +119,7 @@ def parse_bytes(text: str) -> int:
     try:
         number, unit = match.groups() if match else ("", "")
         return int(float(number) * UNITS[unit])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise ValueError(f"'{text}' is not a size in bytes; write it as 500MB, 4GiB or 1e9.") from error
 
 

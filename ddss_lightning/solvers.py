@@ -138,11 +138,9 @@ def anchor_formula(
     alpha, sigma = schedule.scales(logsnrs)
     alpha_next, sigma_next = torch.cat([alpha[1:], alpha.new_ones(1)]), torch.cat([sigma[1:], sigma.new_zeros(1)])
     angles = torch.nn.functional.pad(noise_angles, (0, 1))
-    # |theta| whose derivative at 0 is 1, not 0: noise that starts at exactly zero can still be learned.
-    angles = torch.where(angles >= 0, angles, -angles)
     state_weight = sigma_next * angles.cos() / sigma
     data_weight = alpha_next - alpha * state_weight
-    std, current = sigma_next * angles.sin(), torch.diag(state_weight)
+    std, current = sigma_next * magnitude(angles.sin()), torch.diag(state_weight)
     if solver == "ddim" or len(logsnrs) <= 2:
         return current, data_weight, std, torch.zeros_like(current)
     steps = logsnrs.diff()
@@ -150,6 +148,11 @@ def anchor_formula(
     past = data_weight * extrapolation
     mu, nu, past_noise = ggdm_form(current, torch.diag(data_weight + past) - torch.diag(past[1:], -1))
     return mu, nu, std, past_noise
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """|x| whose derivative at 0 is 1, not 0: noise that starts at exactly zero can still be learned."""
+    return torch.where(x >= 0, x, -x)
 
 
 def ggdm_form(

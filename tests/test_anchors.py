@@ -75,6 +75,21 @@ def test_noise_angles_keep_the_marginals(scheduler, num_steps):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("anchor", ["ddim", "dpmpp_2m", "imported"])
+def test_an_angle_beyond_half_a_turn_is_noise_all_the_same(schedule, anchor):
+    """Of either sign: std = sigma |sin theta|; it was below 0, with which nothing can be saved."""
+    given = {"class_path": "diffusers.DPMSolverMultistepScheduler"} if anchor == "imported" else anchor
+    for angle in (-0.5, 4.0, -4.0, 5.0):
+        sampler = GGDMSampler(schedule, 4, anchor=given, learn=("std",))
+        with torch.no_grad():
+            sampler.corrections["std"].fill_(angle)
+        std = sampler.coefficients().validate().std
+        sigma = schedule.scales(sampler.schedule.logsnr(sampler.timesteps()))[1]
+        expected = sigma[1:] * abs(torch.tensor(angle, dtype=torch.float64).sin())
+        # What is imported was probed in float32.
+        torch.testing.assert_close(std[:-1], expected, rtol=1e-4, atol=1e-6)
+
+
 @by_name
 def test_every_degree_reaches_the_images(scheduler):
     sampler = GGDMSampler.from_scheduler(scheduler, 3, learn=("mu", "nu", "std", "pred", "time"))

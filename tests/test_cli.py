@@ -201,7 +201,7 @@ def error_of(capsys, arguments):
         (["--loss=TeacherLoss", "--loss.distance=l1"], "expected one of ['l2', 'features', 'lpips'], got l1"),
         (["--model.teacher.relax_radius=-1"], "relax_radius must be a number of at least 0, got -1"),
         (["--ckpt_path=no/such.ckpt"], "no/such.ckpt"),
-        (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "not both"),
+        (["--pretrained_sampler=no/such", "--ckpt_path=no/such.ckpt"], "there is no file 'no/such.ckpt'"),
         (["--pretrained_sampler=no/such/sampler"], "There is no folder 'no/such/sampler'"),
         (["--model.batch_size=1"], "batch_size must be at least 2"),
         (
@@ -425,6 +425,32 @@ def test_a_run_goes_on_with_the_scores_it_has(tmp_path, capsys):
     main(quick("test", tmp_path, f"--pretrained_sampler={folder}"))
     main(quick("test", tmp_path, f"--pretrained_sampler={folder}", "--sampler.timesteps=[900.0, 1.0]"))
     assert "timesteps" in error_of(capsys, quick("test", tmp_path, "--sampler.timesteps=[900.0, 1.0]"))
+
+
+def test_a_fit_that_began_with_a_saved_sampler_goes_on(tmp_path, capsys):
+    """By the one command, to the last bit; of another configuration than the recipe's; what only scores takes one."""
+    saved = f"--pretrained_sampler={ROOT / 'checkpoints' / 'digits-ggdm-10'}"
+    whole, parts = (["--ckpt_path=last", f"--trainer.logger.version={name}", saved] for name in ("whole", "parts"))
+    main(quick("fit", tmp_path, *whole, "--trainer.max_steps=4", "--model.final_lr_fraction=1.0"))
+    for steps in (2, 4):
+        main(quick("fit", tmp_path, *parts, f"--trainer.max_steps={steps}", "--model.final_lr_fraction=1.0"))
+    found = [tmp_path / "digits_5" / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
+    whole, parts = (torch.load(path, weights_only=True)["state_dict"] for path in found)
+    assert whole["sampler.corrections.mu"].shape == (55,)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    error = error_of(capsys, quick("test", tmp_path, saved, f"--ckpt_path={found[0]}"))
+    assert "Give --pretrained_sampler or --ckpt_path, not both" in error
+
+
+def test_the_one_command_does_not_overwrite_the_sampler_of_another(tmp_path, capsys):
+    flags = ["--trainer.logger.version=night", "--ckpt_path=last"]
+    main(quick("fit", tmp_path, *flags))
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "checkpoints" / "digits-ggdm-10", other)
+    error = error_of(capsys, quick("fit", tmp_path, *flags, "--trainer.max_steps=4", f"--quality.dirpath={other}"))
+    assert "already holds a sampler" in error
+    assert read_card(other)["nfe"] == 10
+    main(quick("fit", tmp_path, *flags, "--trainer.max_steps=4"))
 
 
 def test_what_is_called_last_but_is_not_there_starts_afresh_and_overwrites_nothing(tmp_path, capsys, caplog):

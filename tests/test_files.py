@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from ddss_lightning.files import replacing, why_no_folder
+from ddss_lightning.files import default_cache_dir, replacing, why_no_folder
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -26,3 +28,10 @@ def test_folders_that_can_be_written_to(tmp_path, monkeypatch):
     assert not why_no_folder(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)
     assert f"you may not write to '{tmp_path}'" in why_no_folder(tmp_path / "a")
+
+
+def test_the_cache_is_never_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "ddss_lightning"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert default_cache_dir() == Path.home() / ".cache" / "ddss_lightning"

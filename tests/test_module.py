@@ -713,6 +713,49 @@ def test_a_skipped_step_leaves_memory_and_start_noise(tmp_path):
             assert torch.equal(before, after) == equal
 
 
+def test_a_second_fit_of_a_module_starts_afresh(tmp_path):
+    """With a step that is skipped at the same place in both: moments, start noise and counters are those of one fit."""
+
+    def fit(module):
+        runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0)
+        with pytest.warns(UserWarning, match="Step 0: the gradient is not finite; skipped"):
+            runner.fit(module, data(3))
+        return module.loss.losses["frechet"].memory()["mean"], module.start_noise_offsets, module.num_skipped
+
+    def fresh():
+        loss = WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss()})
+        # At rates of 0 the second fit starts where the first did.
+        teacher = TeacherPairs(16, 4, cache_dir=str(tmp_path), relax_radius=0.5)
+        module = make(loss=loss, teacher=teacher, lr=0.0, time_lr=0.0)
+        original = loss.forward
+        loss.forward = lambda samples: original(samples) * (torch.nan if module.global_step == 0 else 1.0)
+        return module
+
+    module = fresh()
+    expected = [each.clone() if isinstance(each, torch.Tensor) else each for each in fit(module)]
+    again = fit(module)
+    assert expected[0].isfinite().all()
+    assert torch.equal(again[0], expected[0])
+    assert torch.equal(again[1], expected[1])
+    assert again[2] == expected[2] == 1
+
+
+def test_a_fit_that_stopped_at_bad_steps_has_another_try(tmp_path):
+    def fit(bad, max_steps, ckpt_path=None):
+        module = make(max_skipped_steps=2)
+        original = module.loss.forward
+        module.loss.forward = lambda samples: original(samples) * (torch.nan if module.global_step in bad else 1.0)
+        options = {"callbacks": [Interruption(dirpath=str(tmp_path))], "limit_val_batches": 0, "max_steps": max_steps}
+        trainer(tmp_path, -1, **options).fit(module, data(4), ckpt_path=ckpt_path)
+        return module
+
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(FloatingPointError, match="2 steps in a row"):
+        fit((1, 2), 8)
+    with pytest.warns(UserWarning, match="Step 3: .* skipped"):
+        module = fit((3,), 8, tmp_path / "last.ckpt")
+    assert (module.global_step, module.num_skipped, module.num_skipped_in_a_row) == (8, 3, 0)
+
+
 def test_a_feature_network_of_the_loss_that_does_not_fit():
     loss = WeightedSum({"kid": KIDLoss(), "random": InFeatures(RandomFeatures(3, 16), KIDLoss())})
     with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\), the loss's RandomFeatures takes \(3, 16, 16\)"):

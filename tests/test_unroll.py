@@ -228,6 +228,7 @@ def test_policies_by_name(text, policy):
         ("none(3)", "Unknown remat"),
         ("every(0)", "n of at least 1, got 0"),
         ("budget(lots)", "'lots' is not a size in bytes; write it as 500MB"),
+        ("budget(1e400)", "'1e400' is not a size in bytes"),
         ("budget(5XB)", "'5XB' is not a size"),
         ("budget(0)", "at least 1 byte"),
     ],

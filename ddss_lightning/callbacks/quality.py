@@ -161,20 +161,28 @@ class SampleQuality(Callback):
         self.judge = load_any(judge) if isinstance(judge, (str, Path)) else judge
         if self.judge is not None:
             self.judge.freeze()
+        self.scores: dict[str, float] = {}
+        self.num_images = self.num_not_finite = 0
+        self._forget()
+        self._counts = [0, 0]
+        self._spaces: list[FeatureSpace] = []
+        self._real: Tensor | None = None
+
+    def _forget(self) -> None:
+        """What was learned by a fit, in which another one has no part."""
         self.initial: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
         self.best_sampler: dict[str, Tensor] = {}
         # The lowest score so far, which with a tolerance need not be that of the sampler that is kept.
         self._lowest = math.inf
-        self.scores: dict[str, float] = {}
-        self.num_images = self.num_not_finite = 0
         # The step whose sampler was scored last, and what makes scores comparable.
         self._scored_step = -1
         self._protocol: dict[str, Any] = {}
-        self._counts = [0, 0]
-        self._spaces: list[FeatureSpace] = []
-        self._real: Tensor | None = None
+        # Where the fit keeps its sampler, and whether what is there now is another's, which may be overwritten.
+        self._folder = ""
+        self._is_of_another = False
+        self._known = True
 
     def folder(self, trainer: Trainer) -> Path:
         """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
@@ -187,22 +195,37 @@ class SampleQuality(Callback):
             check_judge(self.judge, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Refuse to overwrite a sampler, before any work starts. A resumed fit, known as such by now, goes on.
+        """Refuse to overwrite a sampler, before any work starts; a resumed fit, known as such by now, finds its own.
 
         Raises:
             ValueError: the folder holds a sampler already, or is a file.
         """
+        if trainer.ckpt_path is None and not trainer.global_step:
+            self._forget()
         if getattr(trainer, "fast_dev_run", False):
             return
         folder = self.folder(trainer)
         problem = why_no_folder(folder) if self.dirpath and trainer.is_global_zero else ""
         if problem := trainer.strategy.broadcast(problem):
             raise ValueError(f"quality.dirpath: {problem}.")
-        if self.overwrite or trainer.ckpt_path is not None:
-            return
-        cut_off = self.overwrite_start and self.dirpath is None
-        if (folder / CARD_NAME).exists() and not (cut_off and _is_start(folder)):
+        self._is_of_another = trainer.strategy.broadcast(
+            trainer.is_global_zero and self._holds_another(trainer, folder)
+        )
+        if self._is_of_another and not self.overwrite:
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
+        self._folder = str(folder.resolve())
+
+    def _holds_another(self, trainer: Trainer, folder: Path) -> bool:
+        """Whether there is a sampler that this fit has not written."""
+        if not (folder / CARD_NAME).exists():
+            return False
+        if trainer.ckpt_path is None:
+            started = bool(trainer.global_step) and self._folder == str(folder.resolve())
+            return not started and not (self.overwrite_start and self.dirpath is None and _is_start(folder))
+        # Where it was, or, of a run that was moved as a whole, beside its checkpoint. Older checkpoints do not say.
+        run = None if self.dirpath else folder.parent.resolve()
+        beside = run is not None and Path(trainer.ckpt_path).resolve().is_relative_to(run)
+        return self._folder not in ("", str(folder.resolve())) and not beside
 
     def _begin(self, module: SamplingModule) -> None:
         real = module.real_features()
@@ -256,7 +279,7 @@ class SampleQuality(Callback):
         """
         assert isinstance(pl_module, SamplingModule)
         folder = self.folder(trainer)
-        if self.best and not (folder / CARD_NAME).exists():
+        if self.best and (self._is_of_another or not (folder / CARD_NAME).exists()):
             self._write(trainer, pl_module, folder)
         if not self._validates(trainer):
             return
@@ -316,7 +339,7 @@ class SampleQuality(Callback):
         """
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         limit, batches = trainer.limit_val_batches, datamodule.val_dataloader()
-        count = limit if isinstance(limit, int) else round(limit * len(batches))
+        count = limit if isinstance(limit, int) else int(limit * len(batches))  # as Lightning does
         with noted(signal.SIGTERM) as received:
             self._begin(module)
             for index, (_, batch) in enumerate(zip(range(count), batches, strict=False)):
@@ -404,6 +427,7 @@ class SampleQuality(Callback):
         sampler = copy.deepcopy(module.averaged)
         sampler.load_state_dict(self.best_sampler)
         sampler.save_pretrained(folder, module.base_model, scores, overwrite=True)
+        self._is_of_another = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
@@ -416,7 +440,7 @@ class SampleQuality(Callback):
             self._keep_unscored(trainer, pl_module, folder)
             return
         # A fit that had nothing left to do, resumed in another folder, has not come by `on_train_start`.
-        if not (folder / CARD_NAME).exists():
+        if self._is_of_another or not (folder / CARD_NAME).exists():
             self._write(trainer, pl_module, folder)
         pl_module.averaged.load_state_dict(self.best_sampler)
         pl_module.sampler.load_state_dict(self.best_sampler)
@@ -434,7 +458,8 @@ class SampleQuality(Callback):
         """Without validation the last sampler is all there is."""
         if not trainer.global_step or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        if (folder / CARD_NAME).exists() and not self.overwrite:
+        # Of a fit that was begun before checkpoints said where its sampler is.
+        if (folder / CARD_NAME).exists() and not (self.overwrite or self._known):
             rank_zero_warn(f"Nothing was validated, and '{folder}' holds a sampler already: the last one is not saved.")
         else:
             scores = {"training_step": trainer.global_step, "seed": module.seed}
@@ -452,6 +477,7 @@ class SampleQuality(Callback):
             "scored_step": self._scored_step,
             "lowest": self._lowest,
             "protocol": self._protocol,
+            "folder": self._folder,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -462,6 +488,8 @@ class SampleQuality(Callback):
         self._scored_step = state_dict.get("scored_step", self.best_step)
         self._lowest = state_dict.get("lowest", self.best.get(self.monitor, math.inf))
         self._protocol = state_dict.get("protocol", {})
+        self._folder = state_dict.get("folder", "")
+        self._known = bool(self._folder)
 
 
 def _is_start(folder: Path) -> bool:

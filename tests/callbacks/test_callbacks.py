@@ -180,6 +180,56 @@ def test_a_fit_goes_on_in_its_own_folder(tmp_path):
     assert (tmp_path / "s" / "sampler.json").exists()
 
 
+def test_a_resumed_fit_does_not_overwrite_the_sampler_of_another(tmp_path):
+    """Asked to, it puts its own there at once, though it finds no better one."""
+    parts = [SampleQuality(dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+    trainer(tmp_path, 1, callbacks=parts).fit(make(lr=5.0, time_lr=5.0, warmup_steps=0), data())
+    assert parts[0].best_step == 0
+    GGDMSampler(make().denoiser.schedule, 7).save_pretrained(tmp_path / "other")
+
+    def resume(**options):
+        quality = SampleQuality(dirpath=str(tmp_path / "other"), **options)
+        runner = trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False)
+        runner.fit(make(lr=5.0, time_lr=5.0, warmup_steps=0), data(), ckpt_path=tmp_path / "last.ckpt")
+
+    with pytest.raises(ValueError, match="other' already holds a sampler; give another dirpath or overwrite=True"):
+        resume()
+    assert read_card(tmp_path / "other")["nfe"] == 7
+    resume(overwrite=True)
+    for name in ("sampler.json", "sampler.safetensors"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "s" / name).read_bytes()
+
+
+def test_one_callback_for_two_fits(tmp_path):
+    """The second one's scores and sampler are its own."""
+    quality = SampleQuality(dirpath=str(tmp_path / "one"))
+    trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False).fit(make(), data())
+    quality.dirpath = str(tmp_path / "two")
+    second = make(lr=5.0, warmup_steps=0, seed=1)
+    trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False).fit(second, data())
+    alone = SampleQuality(dirpath=str(tmp_path / "alone"))
+    fresh = make(lr=5.0, warmup_steps=0, seed=1)
+    trainer(tmp_path, 1, callbacks=[alone], enable_checkpointing=False).fit(fresh, data())
+    assert (quality.initial, quality.best, quality.best_step) == (alone.initial, alone.best, alone.best_step)
+    for name in ("sampler.json", "sampler.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_part_of_the_validation_images_is_the_same_part_for_every_sampler(tmp_path):
+    """Half of three batches is one, for the initial sampler, too."""
+    counts = []
+
+    class Look(SampleQuality):
+        def _select(self, trainer, module):
+            super()._select(trainer, module)
+            counts.append(self.num_images)
+
+    images = DigitsDataModule(batch_size=16, steps_per_epoch=1, num_val_images=24, eval_batch_size=8)
+    runner = trainer(tmp_path, 1, callbacks=[Look()], enable_checkpointing=False, limit_val_batches=0.5)
+    runner.fit(make(), images)
+    assert counts == [8, 8]
+
+
 def test_the_last_steps_are_scored_and_the_sampler_is_where_it_is_said_to_be(tmp_path):
     """Three steps in epochs of two, and a finished fit that is resumed in another folder."""
     scored = []
