@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +181,7 @@ class SampleQuality(Callback):
         self._scored_step = -1
         self._protocol: dict[str, Any] = {}
         # Where the fit keeps its sampler, and whether what is there now is another's, which may be overwritten.
-        self._folder = ""
+        self._place = ""
         self._is_of_another = False
         self._known = True
 
@@ -208,24 +209,21 @@ class SampleQuality(Callback):
         problem = why_no_folder(folder) if self.dirpath and trainer.is_global_zero else ""
         if problem := trainer.strategy.broadcast(problem):
             raise ValueError(f"quality.dirpath: {problem}.")
-        self._is_of_another = trainer.strategy.broadcast(
-            trainer.is_global_zero and self._holds_another(trainer, folder)
-        )
+        # As seen from the folder of the logs: a run can be moved as a whole, and its checkpoints be compared.
+        place = os.path.relpath(folder, trainer.log_dir or trainer.default_root_dir)
+        self._is_of_another = trainer.strategy.broadcast(self._holds_another(trainer, folder, place))
         if self._is_of_another and not self.overwrite:
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
-        self._folder = str(folder.resolve())
+        self._place = place
 
-    def _holds_another(self, trainer: Trainer, folder: Path) -> bool:
-        """Whether there is a sampler that this fit has not written."""
-        if not (folder / CARD_NAME).exists():
-            return False
-        if trainer.ckpt_path is None:
-            started = bool(trainer.global_step) and self._folder == str(folder.resolve())
-            return not started and not (self.overwrite_start and self.dirpath is None and _is_start(folder))
-        # Where it was, or, of a run that was moved as a whole, beside its checkpoint. Older checkpoints do not say.
-        run = None if self.dirpath else folder.parent.resolve()
-        beside = run is not None and Path(trainer.ckpt_path).resolve().is_relative_to(run)
-        return self._folder not in ("", str(folder.resolve())) and not beside
+    def _holds_another(self, trainer: Trainer, folder: Path, place: str) -> bool:
+        """Whether there is a sampler that this fit has not written, as far as this process sees."""
+        if not (folder / CARD_NAME).exists() or self._place == place:
+            return bool(self._place)
+        if trainer.ckpt_path is not None:
+            # Checkpoints of older versions do not say.
+            return bool(self._place)
+        return not (self.overwrite_start and self.dirpath is None and _is_start(folder))
 
     def _begin(self, module: SamplingModule) -> None:
         real = module.real_features()
@@ -477,7 +475,7 @@ class SampleQuality(Callback):
             "scored_step": self._scored_step,
             "lowest": self._lowest,
             "protocol": self._protocol,
-            "folder": self._folder,
+            "place": self._place,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -488,8 +486,8 @@ class SampleQuality(Callback):
         self._scored_step = state_dict.get("scored_step", self.best_step)
         self._lowest = state_dict.get("lowest", self.best.get(self.monitor, math.inf))
         self._protocol = state_dict.get("protocol", {})
-        self._folder = state_dict.get("folder", "")
-        self._known = bool(self._folder)
+        self._place = state_dict.get("place", "")
+        self._known = bool(self._place)
 
 
 def _is_start(folder: Path) -> bool:
