@@ -219,7 +219,7 @@ class SampleQuality(Callback):
     def _holds_another(self, trainer: Trainer, folder: Path, place: str) -> bool:
         """Whether there is a sampler that this fit has not written, as far as this process sees."""
         if not (folder / CARD_NAME).exists() or self._place == place:
-            return bool(self._place)
+            return False
         if trainer.ckpt_path is not None:
             # Checkpoints of older versions do not say.
             return bool(self._place)
