@@ -70,11 +70,11 @@ def _spaces(module: DDSSModule) -> Iterator[tuple[FeatureExtractor, SampleLoss]]
 
 @torch.no_grad()
 def difference_calls(sampler: GGDMSampler) -> int:
-    """Calls of the differences of all numbers of a sampler, the undisturbed chain included: counted, see `Replay`."""
+    """Calls of the differences of all numbers that a sampler learns, the undisturbed chain included; by `Replay`."""
     zero = torch.zeros(1, 1, dtype=torch.float64)
     noise = zero.expand(sampler.num_steps - 1, 1, 1)
     replay = Replay(lambda x, _timestep: x, sampler.coefficients(), zero, noise)
-    for value in sampler.parameters():
+    for value in sampler.learned.values():
         for index in range(value.numel()):
             entry = value.view(-1)[index]
             before = entry.clone()

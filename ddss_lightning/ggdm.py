@@ -286,6 +286,11 @@ class GGDMSampler(nn.Module):
         shown = json.dumps({name: value for name, value in options.items() if value})
         return f"{source}{' ' + shown if shown != '{}' else ''} (imported)"
 
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The corrections that learning moves, by name: all but those that are held (`requires_grad_(False)`)."""
+        return {name: value for name, value in self.corrections.items() if value.requires_grad}
+
     def _correction(self, name: Degree) -> Tensor:
         # A zero without dimensions stands for what is not learned.
         return self.corrections[name] if name in self.corrections else torch.zeros((), dtype=torch.float64)
@@ -334,8 +339,7 @@ class GGDMSampler(nn.Module):
     @torch.no_grad()
     def uses_noise(self) -> bool:
         """Whether its steps add noise, or may learn to."""
-        learned = "std" in self.corrections and self.corrections["std"].requires_grad
-        return learned or bool((self._constant_coefficients().std != 0).any())
+        return "std" in self.learned or bool((self._constant_coefficients().std != 0).any())
 
     def check_denoiser(self, denoiser: Network) -> None:
         """Whether the sampler can be one of this network, as far as a `Denoiser` says what it is.

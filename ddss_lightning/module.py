@@ -24,6 +24,7 @@ from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
 from ddss_lightning.losses.base import SampleLoss, Samples, every_loss
+from ddss_lightning.losses.elsewhere import InFeatures
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import slope_by_parts
@@ -36,7 +37,7 @@ from ddss_lightning.teacher import TeacherPairs
 from ddss_lightning.teacher_batches import TeacherBatches
 
 # What else than its weights a denoiser's images depend on, and a fit is not resumed with another of.
-CONDITIONED = ("guidance_scale", "prompts", "image_size")
+CONDITIONED = ("guidance_scale", "prompts", "image_size", "null_label")
 TARGETS = frozenset({"target", "target_features"})
 
 
@@ -168,12 +169,19 @@ class DDSSModule(SamplingModule):
         self._teacher_batches: TeacherBatches | None = None
         # Of a checkpoint, until training starts.
         self._loaded_offsets: Tensor | None = None
-        # Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers.
+
+    # ------------------------------------------------------------------------------------------------- learning
+
+    def setup(self, stage: str) -> None:
+        """As `SamplingModule`; and tell DDP what to leave alone.
+
+        Processes need to keep equal what is learned, nothing else: no broadcast of networks and buffers. Here, not when
+        the module is made: the sampler can have been replaced, and its corrections held or freed.
+        """
+        super().setup(stage)
         learned = {name for name, value in self.named_parameters() if value.requires_grad}
         everything = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
         self._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in learned]
-
-    # ------------------------------------------------------------------------------------------------- learning
 
     def on_fit_start(self) -> None:
         """Find what would fail, or be learned from wrongly, at the first step, before the first sampler is scored.
@@ -207,7 +215,7 @@ class DDSSModule(SamplingModule):
         denoiser = self.denoiser.for_samples("check", [0])
         state = torch.zeros(1, *denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
         time = self.sampler.timesteps().detach()[:1].to(state).clone().requires_grad_()
-        images = torch.zeros(1, *denoiser.image_shape).to(state).requires_grad_()
+        images = torch.zeros(1, *denoiser.image_shape, device=self.device)
         moved = {"state": state}
         if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
             moved["timestep (for `time` and `logsnr` in `learn`)"] = time
@@ -221,8 +229,11 @@ class DDSSModule(SamplingModule):
                         f"{tuple(state.shape)}; they must be equal."
                     )
                 check_gradient(output, f"the denoiser '{denoiser.name}'", moved)
-            if "features" in self.loss.needs:
-                check_gradient(self.features(images), type(self.features).__name__, {"images": images})
+            seen = [self.features] if "features" in self.loss.needs else []
+            seen += [part.features for part in self.loss.modules() if isinstance(part, InFeatures)]
+            for network in seen:
+                mine = images.detach().to(network.dtype).requires_grad_()
+                check_gradient(network(mine), type(network).__name__, {"images": mine})
 
     def on_train_start(self) -> None:
         """Give the loss its real features, make the teacher's images that are missing, and set the learning rates.
@@ -324,7 +335,7 @@ class DDSSModule(SamplingModule):
 
         size = self.microbatch_size or self.batch_size
         parts = [slice(i, i + size) for i in range(0, self.batch_size, size)]
-        learned = [value for value in self.sampler.parameters() if value.requires_grad]
+        learned: list[Tensor] = list(self.sampler.learned.values())
         leaves = [*learned, x_T] if x_T.requires_grad else learned
         loss, gradients = slope_by_parts(part, parts, loss_and_slopes, leaves)
         if self._teacher_batches is not None and x_T.requires_grad:
@@ -402,7 +413,7 @@ class DDSSModule(SamplingModule):
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
         delta, found = method.step(
-            {name: value.data for name, value in self.sampler.corrections.items()},
+            {name: value.data for name, value in self.sampler.learned.items()},
             distance,
             self._smooth_moments(distance),
             lambda: self._moments(distance, "residual", method.residual_images),
@@ -414,8 +425,8 @@ class DDSSModule(SamplingModule):
         for name, value in found.items():
             self.log(f"train/{name}", value, prog_bar=name == "distance")
         # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
-        linear = sum((-delta[name] * value).sum() for name, value in self.sampler.corrections.items())
-        return found["distance"] + linear - linear.detach()  # type: ignore[no-any-return]
+        linear = torch.stack([-(delta[name] * value).sum() for name, value in self.sampler.learned.items()]).sum()
+        return found["distance"] + linear - linear.detach()
 
     def _smooth_moments(self, distance: FrechetResidual) -> Callable[[], Tensor]:
         """Moments, for differences, of one batch with the present numbers: of the same noise at each call.
@@ -550,6 +561,10 @@ class DDSSModule(SamplingModule):
         self._check_accumulation()
         if not groups:
             raise ValueError("The sampler has nothing to learn: give it `learn`, such as ('mu', 'std', 'time').")
+        if not self.sampler.learned:
+            raise ValueError(
+                "The sampler has nothing to learn: all its corrections are held (`requires_grad_(False)`)."
+            )
         if self.gauss_newton is not None:
             return SGD(self.sampler.parameters(), lr=1.0)
         optimizer = (FullMatrixAdam if self.full_matrix else Adam)(groups, betas=self.betas)

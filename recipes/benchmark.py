@@ -51,7 +51,7 @@ class Sweep:
     Attributes:
         base: the recipe that all runs start from.
         steps: numbers of network calls of the samplers.
-        seeds: of learning and of the test noise.
+        seeds: of learning, its teacher's pairs too, and of the test noise.
         calls: steps -> network calls of learning, of one image each.
         settings: name -> what it changes in the base recipe.
         common: what all runs change.
@@ -216,6 +216,9 @@ def prepare(run: Run, sweep: Sweep) -> tuple[Path, dict[str, Any]]:
     # The last step is validated too.
     max_steps -= max_steps % every
     changes = merged(changes, {"trainer": {"max_steps": max_steps}, "data": {"init_args": {"steps_per_epoch": every}}})
+    if module.teacher is not None:
+        # Its start noise and their order, too, else samplers of several seeds are not independent.
+        changes = merged(changes, {"model": {"teacher": {"seed": run.seed}}})
     text = yaml.safe_dump(changes, sort_keys=False)
     begun = (run.folder / "logs").exists() or (run.folder / "run.json").exists()
     if begun and recipe.exists() and recipe.read_text() != text:

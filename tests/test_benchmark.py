@@ -50,6 +50,21 @@ SWEEP = {
 }
 
 
+def test_each_seed_has_teacher_pairs_of_its_own(benchmark, monkeypatch, tmp_path):
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    loss = {"class_path": "ddss_lightning.TeacherLoss", "init_args": {"distance": "l2"}}
+    pairs = {"teacher": {"num_pairs": 16, "num_steps": 2}}
+    settings = {"teacher": {"loss": loss, "model": pairs}, "none": {}}
+    path.write_text(yaml.safe_dump({**SWEEP, "settings": settings, "only": {}, "by_steps": {}, "steps": [2]}))
+    run(benchmark, monkeypatch, path, "--output", output, "--plan")
+    models = {cell: yaml.safe_load((output / cell / "recipe.yaml").read_text())["model"] for cell in
+              ("teacher/2-0", "teacher/2-1", "none/2-1")}  # fmt: skip
+    assert models["teacher/2-0"]["teacher"] == {**pairs["teacher"], "seed": 0}
+    assert models["teacher/2-1"]["teacher"] == {**pairs["teacher"], "seed": 1}
+    assert models["teacher/2-1"]["seed"] == models["none/2-1"]["seed"] == 1
+    assert "teacher" not in models["none/2-1"]
+
+
 def run(benchmark, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
     benchmark.main()

@@ -97,6 +97,10 @@ def test_differences_by_hand(schedule):
     """
     sampler = GGDMSampler(schedule, 2, learn=("mu", "nu", "std", "time", "logsnr"))
     assert difference_calls(sampler) == 2 + 1 + 1 + 1 + 0 + 0 + 0 + 1 + 1
+    # What is held has none.
+    sampler.corrections["time"].requires_grad_(False)
+    sampler.corrections["mu"].requires_grad_(False)
+    assert difference_calls(sampler) == 2 + 1 + 1 + 0 + 0 + 1
 
 
 def test_the_network_s_own_features_are_calls_of_it(denoiser, features):

@@ -169,3 +169,22 @@ def test_the_feature_network_takes_its_images_in_parts(denoiser, features, tmp_p
     assert set(sizes) == {100, 56}
     for ours, theirs in zip(parts.sampler.parameters(), whole.sampler.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_correction_that_is_held_stays_and_the_others_step_as_if_it_were_not_there(denoiser, features, tmp_path):
+    def one_step(learn, held=()):
+        sampler = GGDMSampler(denoiser.schedule, 3, stride="quadratic", learn=learn)
+        for name in held:
+            sampler.corrections[name].requires_grad_(False)
+        method = GaussNewton(residual_images=64, trial_images=64, dampings=(0.1,))
+        module = DDSSModule(denoiser, sampler, features, batch_size=64, ema_decay=0, gauss_newton=method)
+        Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0,
+        ).fit(module, DigitsDataModule(steps_per_epoch=1, num_val_images=64))  # fmt: skip
+        return module.sampler.corrections
+
+    without, held = one_step(("nu",)), one_step(("nu", "mu"), held=("mu",))
+    assert without["nu"].any()
+    assert not held["mu"].any()
+    assert torch.equal(held["nu"], without["nu"])

@@ -229,7 +229,8 @@ def test_networks_inside_losses_have_the_trainer_s_precision(tmp_path):
     class Look(RandomFeatures):
         def forward(self, images):
             features = super().forward(images)
-            if images.requires_grad:
+            # One image is that of the check before the first step.
+            if images.requires_grad and len(images) > 1:
                 seen.append(torch.is_autocast_enabled("cpu"))
             return features
 
@@ -496,8 +497,12 @@ def test_features_without_a_gradient_are_refused(tmp_path):
 
     module = make()
     module.features = Blind().freeze()
-    with pytest.raises(ValueError, match="output of Blind has no gradient with respect to the images"):
-        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
+    # Of a loss, too: half of the sum would be learned from, silently.
+    other = make(loss=WeightedSum({"kid": KIDLoss(), "blind": InFeatures(Blind(), KIDLoss())}))
+    for each in (module, other):
+        each.validation_step = lambda *_: pytest.fail("a sampler was scored")
+        with pytest.raises(ValueError, match="output of Blind has no gradient with respect to the images"):
+            trainer(tmp_path, 1, enable_checkpointing=False).fit(each, data())
 
 
 @pytest.mark.parametrize(
@@ -664,6 +669,11 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
         (
             {"loss": WeightedSum({"frechet": FrechetLoss(), "x": TeacherLoss("features")})},
             r"loss.losses.x: TeacherLoss\(l2\) instead of TeacherLoss\(features\)",
+        ),
+        (
+            {"loss": WeightedSum({"frechet": FrechetLoss(0.5), "x": TeacherLoss()}, {"x": 3.0})},
+            r"loss: WeightedSum instead of WeightedSum\(x=3\), "
+            r"loss.losses.frechet: FrechetLoss instead of FrechetLoss\(decay=0.5\)",
         ),
         ({"seed": 1}, r"\(teacher.seed: 0 instead of 1\); resume with the recipe it was started with"),
         ({"num_pairs": 30, "anchor": "ddim"}, "teacher.num_pairs: 20 instead of 30, teacher.anchor: dpmpp_2m instead"),
@@ -891,6 +901,26 @@ def test_a_correction_that_is_held_stays(tmp_path, full_matrix):
     trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
     assert not module.sampler.corrections["nu"].any()
     assert module.sampler.corrections["mu"].any()
+
+
+def test_processes_keep_equal_what_is_learned_when_the_fit_starts(tmp_path):
+    """Held or freed after the module was made: it is what the sampler says then, of another sampler too."""
+    module = make()
+    module.sampler.corrections["nu"].requires_grad_(False)
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    kept = names - set(module._ddp_params_and_buffers_to_ignore)
+    assert kept == {f"sampler.corrections.{name}" for name in module.sampler.corrections if name != "nu"}
+    module.sampler.corrections["nu"].requires_grad_(True)
+    trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+    assert "sampler.corrections.nu" not in module._ddp_params_and_buffers_to_ignore
+
+
+def test_a_sampler_whose_corrections_are_all_held_has_nothing_to_learn(tmp_path):
+    module = make()
+    module.sampler.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to learn: all its corrections are held"):
+        trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
 
 
 def test_memory_of_an_older_version_is_refused(tmp_path):

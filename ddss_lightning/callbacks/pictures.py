@@ -53,7 +53,9 @@ class SamplerPictures(Callback):
             self._grid = image_grid(outputs[: self.num_images], self.columns, scale)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The times of the initial sampler."""
+        """The times of the initial sampler; curves of an earlier fit are not those of this one."""
+        if trainer.ckpt_path is None and not trainer.global_step:
+            self.steps, self.logsnrs, self.times = [], [], []
         if not self.steps:
             self._record(trainer.global_step, pl_module)
 

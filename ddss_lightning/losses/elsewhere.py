@@ -20,7 +20,8 @@ class InFeatures(SampleLoss):
 
     Args:
         features: the network; it is frozen.
-        loss: what is measured with it. A `KIDLoss` or `FrechetLoss` of all real images, or a `TeacherLoss` of features.
+        loss: what is measured with it. A `KIDLoss` or `FrechetLoss` of all real images, a `TeacherLoss` of features,
+            or a sum of several; what such a sum measures of pixels is the same here as outside.
         batch_size: images that go through the network at once; with more images than that it is computed again in the
             backward pass.
 
@@ -65,10 +66,13 @@ class InFeatures(SampleLoss):
         Raises:
             ValueError: no images, or none of the teacher, where it is compared with one.
         """
-        inner = Samples(gather=samples.gather, precision=samples.precision)
+        # Pixels are the same in every space.
+        inner = Samples(
+            images=samples.images, target=samples.target, gather=samples.gather, precision=samples.precision
+        )
         with samples.precision():
             inner.features = self._encoded(samples["images"])
-            if "target" in self.needs:
+            if "target_features" in self.loss.needs:
                 inner.target_features = self._encoded(samples["target"])
         value: Tensor = self.loss(inner)
         self.terms = self.loss.terms

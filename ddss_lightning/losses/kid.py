@@ -184,8 +184,11 @@ class KIDLoss(SampleLoss):
         self.teacher_term = float(mean_within(scaled, self.kernel) + self.real_term - 2 * across)
 
     def identity(self) -> str:
-        """With the control variate."""
-        return f"{type(self).__name__}(control_variate)" if self.control_variate else type(self).__name__
+        """With what is not as by default."""
+        found: list[str] = [] if self.kernel == "cubic" else [self.kernel]
+        found += [] if self.real == "bank" else [f"real={self.real}"]
+        found += [name for name in ("standardize", "control_variate") if getattr(self, name)]
+        return f"{type(self).__name__}({', '.join(found)})" if found else type(self).__name__
 
     def forward(self, samples: Samples) -> Tensor:
         """KID of `samples.features` against the bank, or against `samples.real`.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ddss_lightning.losses.base import SampleLoss, Samples, feature_scale
 
+DECAY = 0.9
+
 
 class FrechetLoss(SampleLoss):
     r"""Frechet distance of running moments of generated features to the real ones; over all processes.
@@ -39,7 +41,7 @@ class FrechetLoss(SampleLoss):
     name = "frechet"
     has_memory = True
 
-    def __init__(self, decay: float = 0.9) -> None:
+    def __init__(self, decay: float = DECAY) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}.")
@@ -107,6 +109,10 @@ class FrechetLoss(SampleLoss):
     def advance(self) -> None:
         """The moments of the last `forward` become those that the next step starts from."""
         self._memory = self._next or self._memory
+
+    def identity(self) -> str:
+        """With a decay that is not the default."""
+        return type(self).__name__ if self.decay == DECAY else f"{type(self).__name__}(decay={self.decay:g})"
 
     def memory(self) -> dict[str, Tensor]:
         """`mean`, shape (d,), `second`, shape (d, d), `squared_weights`: q."""

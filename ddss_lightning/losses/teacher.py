@@ -44,7 +44,7 @@ class TeacherLoss(SampleLoss):
             raise ValueError(f"Unknown distance '{distance}'; choose one of {', '.join(get_args(Distance))}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.distance, self.batch_size = distance, batch_size
+        self.distance, self.backbone, self.batch_size = distance, backbone, batch_size
         self.name = f"teacher_{distance}"
         self.needs = frozenset(NEEDS[distance])
         self.scale = 1.0
@@ -59,8 +59,8 @@ class TeacherLoss(SampleLoss):
         self.scale = feature_scale(features, "TeacherLoss")
 
     def identity(self) -> str:
-        """With the distance."""
-        return f"TeacherLoss({self.distance})"
+        """With the distance, and the backbone of LPIPS."""
+        return f"TeacherLoss({self.distance}{f', {self.backbone}' * (self.distance == 'lpips')})"
 
     def forward(self, samples: Samples) -> Tensor:
         """The mean over the images of this process.

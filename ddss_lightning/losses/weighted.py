@@ -55,6 +55,11 @@ class WeightedSum(SampleLoss):
         for _, loss in self._named():
             loss.fit_target(encode_target)
 
+    def identity(self) -> str:
+        """With the weights that are not 1."""
+        weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items() if weight != 1)
+        return f"WeightedSum({weights})" if weights else "WeightedSum"
+
     def forward(self, samples: Samples) -> Tensor:
         """The sum."""
         values = {name: loss(samples) for name, loss in self._named()}

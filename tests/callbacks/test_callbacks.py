@@ -76,6 +76,19 @@ def test_the_last_steps_are_drawn_too(tmp_path):
         assert {path.name for path in folder.iterdir()} == {"samples.png", "mu.png", "times.png"}
 
 
+def test_curves_of_an_earlier_fit_are_not_those_of_the_next(tmp_path):
+    """But a resumed fit goes on with its own."""
+    pictures = SamplerPictures(num_images=8)
+    for folder in ("first", "second"):
+        runner = trainer(tmp_path / folder, 1, callbacks=[pictures])
+        runner.fit(make(), data(1))
+        assert pictures.steps == [0, 1]
+    path = runner.checkpoint_callback.best_model_path
+    again = SamplerPictures(num_images=8)
+    trainer(tmp_path / "again", 2, callbacks=[again], enable_checkpointing=False).fit(make(), data(1), ckpt_path=path)
+    assert again.steps == [0, 1, 2]
+
+
 class Scripted(SampleQuality):
     """Samplers have these scores, whatever they are."""
 

@@ -100,3 +100,16 @@ def test_bad_arguments():
         InFeatures(Projection(), KIDLoss(), batch_size=0)
     with pytest.raises(ValueError, match="give `fit_real` a function `encode_real`"):
         InFeatures(Projection(), KIDLoss()).fit_real(draw(3, 2))
+
+
+def test_pixels_are_the_same_in_every_space():
+    """A sum of which one part looks at features of its own, the other at pixels."""
+    real, images, target = draw(30, 1, 2, 2), draw(8, 1, 2, 2, seed=1).requires_grad_(), draw(8, 1, 2, 2, seed=2)
+    loss, network = fitted(WeightedSum({"kid": KIDLoss(), "l2": TeacherLoss("l2")}, {"l2": 2.0}), real)
+    assert loss.needs == {"images", "target"}
+    kid = KIDLoss()
+    kid.fit_real(network(real))
+    expected = kid(Samples(features=network(images))) + 2 * (images - target).square().mean()
+    value = loss(Samples(images=images, target=target))
+    torch.testing.assert_close(value, expected.double())
+    torch.testing.assert_close(torch.autograd.grad(value, images), torch.autograd.grad(expected, images))

@@ -62,3 +62,18 @@ def test_bad_arguments():
     for name in ("loss", "a/b", "type", "keys"):
         with pytest.raises(ValueError, match=f"A loss cannot be called '{name}'"):
             WeightedSum({name: KIDLoss()})
+
+
+def test_what_a_fit_is_resumed_with_names_all_that_changes_the_loss():
+    """Defaults are left out: the losses of older checkpoints have these names."""
+    for loss, name in (
+        (KIDLoss(), "KIDLoss"),
+        (KIDLoss(control_variate=True), "KIDLoss(control_variate)"),
+        (KIDLoss("linear", "batch", standardize=True), "KIDLoss(linear, real=batch, standardize)"),
+        (FrechetLoss(), "FrechetLoss"),
+        (FrechetLoss(0.5), "FrechetLoss(decay=0.5)"),
+        (TeacherLoss(), "TeacherLoss(l2)"),
+        (WeightedSum({"a": KIDLoss(), "b": KIDLoss()}), "WeightedSum"),
+        (WeightedSum({"a": KIDLoss(), "b": KIDLoss()}, {"b": 0.3}), "WeightedSum(b=0.3)"),
+    ):
+        assert loss.identity() == name
