@@ -391,7 +391,7 @@ A sampler of {steps} network calls for [`{model}`](../{model}), learned by the s
 | scores | noise of seed {seed} that learning never saw, {images} images against {real}; {pixels} |
 | features, judge | `{features}`, `{judge}` |
 | learning | {network_calls:.2f} million network calls, {optimiser_steps} steps of {optimiser} |
-| time | {minutes:.1f} min, {machine} |
+| time | {minutes:.1f} min, of a processor {processor_minutes:.1f}, {machine} |
 | command | `python recipes/benchmark.py {sweep} --output OUT --settings "{setting}" --steps {steps} --seeds {seed}` |
 """
 

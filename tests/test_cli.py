@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import ddss_lightning
@@ -20,7 +21,8 @@ from ddss_lightning.module import DDSSModule
 from ddss_lightning.sampling import SamplingModule
 from tests.conftest import DDPM, ROOT
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OWN = ROOT / "recipes" / "own_model.yaml"
+RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {OWN})
 QUICK = ["--trainer.max_steps=2", "--data.steps_per_epoch=2", "--data.num_val_images=24", "--data.num_test_images=20"]
 QUICK += ["--model.batch_size=8", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 RECIPE = str(ROOT / "recipes" / "digits_5.yaml")
@@ -46,6 +48,33 @@ def test_every_recipe_runs(recipe, tmp_path):
     if "Glyphs" in text:
         flags += ["--data.num_images=100", f"--data.cache_dir={tmp_path}"]
     main(["fit", *(f"-c={file}" for file in files), *flags, f"--trainer.logger.save_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_recipe_for_one_s_own_model_with_its_lines_changed(tmp_path, capsys, size):
+    """Model, folder and size, each in one line; Inception's weights are not here, and asked for before any work."""
+    network = UNet2DModel(
+        sample_size=size, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    (tmp_path / "real").mkdir()
+    for index in range(9):
+        pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.manual_seed(index))
+        Image.fromarray(pixels.numpy()).save(tmp_path / "real" / f"{index}.png")
+    text = OWN.read_text()
+    changed = {"google/ddpm-cifar10-32": tmp_path / "model", "cifar10/train": tmp_path / "real"}
+    changed |= {"&size 32": f"&size {size}", "weights: null": f"weights: {tmp_path / 'none.pth'}"}
+    for old, new in changed.items():
+        assert text.count(old) == 1
+        text = text.replace(old, str(new))
+    (tmp_path / "mine.yaml").write_text(text)
+    flags = [f"-c={tmp_path / 'mine.yaml'}", *QUICK, f"--trainer.logger.save_dir={tmp_path}"]
+    flags += ["--model.teacher.num_pairs=16", "--model.teacher.num_steps=3", f"--model.teacher.cache_dir={tmp_path}"]
+    assert "No Inception weights at" in error_of(capsys, ["fit", *flags])
+    main(["fit", *flags, "--features=ddss_lightning.RandomFeatures", f"--features.image_size={size}"])
+    (sampler,) = (tmp_path / "own_model").rglob("sampler.json")
+    assert GGDMSampler.from_pretrained(sampler.parent).num_steps == 10
 
 
 @pytest.mark.parametrize("args", [["fitt", "-c", RECIPE], []])

@@ -18,7 +18,8 @@ class Denoiser(Frozen, ABC):
 
     Attributes:
         schedule: its noise schedule.
-        prediction_type: what the output is: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: what the output is, one of `PredictionType`: `epsilon`, `sample`, `v_prediction`, ...; see
+            `prediction_pair`.
         image_shape: (channels, height, width) of the images.
         name: where it came from, for cards and messages.
     """
@@ -34,7 +35,7 @@ class Denoiser(Frozen, ABC):
 
         Args:
             x_t: shape (N, *state_shape).
-            timestep: real-valued, in [0, num_train_timesteps - 1], shape (N,).
+            timestep: real-valued, in the units of `schedule` (of betas: in [0, num_train_timesteps - 1]), shape (N,).
 
         Returns:
             Shape of x_t.

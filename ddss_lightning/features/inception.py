@@ -21,7 +21,7 @@ def find_weights(weights: str | Path | None, download: bool) -> Path:
     """Where the weights are: the given path, or torch's cache, into which they are downloaded if that is asked for.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it cannot be fetched.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -40,7 +40,13 @@ def find_weights(weights: str | Path | None, download: bool) -> Path:
                 f"(95 MB) from {URL_INCEPTION_V3}, or weights=<path of a copy>."
             )
         cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(cached), hash_prefix=WEIGHTS_SHA256)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(cached), hash_prefix=WEIGHTS_SHA256)
+        except (OSError, RuntimeError) as error:  # no connection; another hash
+            raise ValueError(
+                f"The Inception weights cannot be fetched from {URL_INCEPTION_V3} ({error}); fetch them by other means "
+                f"and put them at '{cached}', or give weights=<path of a copy>."
+            ) from error
     return cached
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -112,6 +113,14 @@ def test_missing_weights_and_explicit_download(tmp_path, monkeypatch, weights):
     assert calls == [(theirs.URL_INCEPTION_V3, WEIGHTS_SHA256)]
     InceptionFeatures(SHAPE, sha256=None)
     assert len(calls) == 1
+
+    def offline(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    (tmp_path / "hub" / "checkpoints" / name).unlink()
+    with pytest.raises(ValueError, match=rf"cannot be fetched from http.*not known.*put them at '.*{name}', or give"):
+        InceptionFeatures(SHAPE, download=True)
 
 
 class Dangerous:
