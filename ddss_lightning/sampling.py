@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor, check_images
+from ddss_lightning.features.kept import KeptFeatures, agree
 from ddss_lightning.ggdm import FORMAT_VERSION, Degree, GGDMSampler, read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
@@ -25,6 +25,8 @@ from ddss_lightning.remat import Remat
 FROZEN = ("denoiser.", "features.", "loss.")
 # Real images, from which on it is said that they are encoded.
 LARGE = 5000
+# Of these so many are encoded again where features are kept.
+FEW = 16
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
@@ -167,6 +169,9 @@ class SamplingModule(LightningModule):
     def encode_real(self, features: FeatureExtractor) -> Tensor:
         """The output of any feature network for all real images of the data module, shape (m, d).
 
+        Many images of a data module that says what they are (`ImageDataModule.identity`) are encoded once, and kept on
+        disk, see `KeptFeatures`.
+
         Raises:
             ValueError: as `real_features`.
         """
@@ -177,9 +182,40 @@ class SamplingModule(LightningModule):
                 "`real_dataloader()`, such as DigitsDataModule or ImageFolderDataModule."
             )
         loader = datamodule.real_dataloader()
-        with contextlib.suppress(TypeError):  # a data set without a length
-            if len(getattr(loader, "dataset", ())) >= LARGE:
-                rank_zero_info(f"{type(features).__name__} of {len(loader.dataset)} real images, which takes a while")
+        if (number := _length(loader)) < LARGE:
+            return self._encode(features, loader)
+        about = f"{type(features).__name__} of {number} real images, which takes a while"
+        identity = datamodule.identity() if getattr(datamodule, "keep_features", False) else None
+        if identity is None:
+            rank_zero_info(about)
+            return self._encode(features, loader)
+        kept = KeptFeatures(features, f"{type(datamodule).__name__}: {identity}", number)
+        known = self._known(kept, loader, features)
+        if known is None:
+            rank_zero_info(f"{about}; they are kept in '{kept.path}'")
+            known = self._encode(features, loader)
+            if self.trainer.is_global_zero:
+                kept.write(known)
+        return known
+
+    def _known(self, kept: KeptFeatures, loader: Any, features: FeatureExtractor) -> Tensor | None:  # noqa: ANN401
+        """What is kept, if the network still makes the same of the first images."""
+        known = kept.read()
+        if known is None:
+            return None
+        images = next(iter(loader))[:FEW]
+        self._check_images(images, 0)
+        with full_precision(self.device.type):
+            again = features(images.to(device=self.device, dtype=features.dtype))
+        if agree(known[: len(images)], again):
+            return known.to(self.device)
+        rank_zero_warn(
+            f"{type(features).__name__} no longer makes the features that are kept in '{kept.path}' (was its code "
+            "changed?); all real images are encoded again."
+        )
+        return None
+
+    def _encode(self, features: FeatureExtractor, loader: Any) -> Tensor:  # noqa: ANN401
         parts: list[Tensor] = []
         number, lowest, highest = 0, math.inf, -math.inf
         for images in loader:
@@ -305,6 +341,14 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
+
+
+def _length(loader: Any) -> int:  # noqa: ANN401
+    """Of its data set; 0 where that has none."""
+    try:
+        return len(getattr(loader, "dataset", ()))
+    except TypeError:
+        return 0
 
 
 def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

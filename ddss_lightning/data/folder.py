@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,17 @@ class ImageFolderDataModule(ImageDataModule):
     def __init__(self, root: str, image_size: int, image_channels: int = 3, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
         self.root, self.image_size, self.image_channels = root, image_size, image_channels
+
+    def identity(self) -> str:
+        """Names, sizes and times of change of all files, and what is made of them."""
+        import PIL
+
+        digest = hashlib.sha256()
+        for path in FolderImages(self.root, self.image_size, self.image_channels).files:
+            about = path.stat()
+            digest.update(f"{path.relative_to(self.root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+        size = f"{self.image_channels}x{self.image_size}x{self.image_size}"
+        return f"{size} of files {digest.hexdigest()[:16]}, Pillow {PIL.__version__}"
 
     def real_images(self) -> Dataset[Tensor]:
         """All images of the folder."""

@@ -143,6 +143,10 @@ class GlyphsDataModule(ImageDataModule):
         """Render the split into the cache, on one process of each machine."""
         load_glyphs(self.split, self.size, self.cache_dir, self.num_images)
 
+    def identity(self) -> str:
+        """Recipe, split, size, number and fonts."""
+        return f"glyphs {cache_key(self.split, self.size, self.num_images)}"
+
     def real_images(self) -> Dataset[Tensor]:
         """All images of the split."""
         return GlyphImages(load_glyphs(self.split, self.size, self.cache_dir, self.num_images).pixels)
