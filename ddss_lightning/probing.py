@@ -32,6 +32,10 @@ TOLERANCE = 1e-5
 # The same with images in float32, half a grey level of 8-bit pixels; with weights from LARGE_WEIGHT on float64 suffers.
 FLOAT32_TOLERANCE = 4e-3
 LARGE_WEIGHT = 1e6
+# Arguments of schedulers that say which noise schedule they step along.
+BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale"}
+SIGMAS = {"use_flow_sigmas", "flow_shift", "shift", "sigma_min", "sigma_max", "sigma_data"}
+SCHEDULE_ARGUMENTS = {"num_train_timesteps", *BETAS, *SIGMAS}
 # Noise that a scheduler adds to the image itself in its last step, below which it counts as none.
 NO_NOISE = 1e-8
 
@@ -89,7 +93,7 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
             f"anchor: {class_name} with these init_args has another noise schedule than the model; "
             + (
                 "leave out what belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."
-                if given
+                if SCHEDULE_ARGUMENTS & given
                 else "it cannot be given the model's; use another class."
             )
         )

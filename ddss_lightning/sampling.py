@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -365,6 +366,9 @@ def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[
 
     left, right = flat(theirs), flat(ours)
     found = {key: (left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)}
+    before, now = found.get("timesteps", (None, None))
+    if before and now and len(before) == len(now) and np.allclose(before, now, rtol=1e-5, atol=1e-3):
+        del found["timesteps"]
     for name in numbers(theirs) | numbers(ours):
         a, b = (torch.tensor(numbers(config).get(name, math.nan), dtype=torch.float64) for config in (theirs, ours))
         if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5):

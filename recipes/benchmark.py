@@ -41,6 +41,7 @@ from ddss_lightning.compare import Comparison, compare
 from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.features import load_any
 from ddss_lightning.files import replacing
+from ddss_lightning.handmade import SOLVERS
 from ddss_lightning.pictures import save_figure
 
 
@@ -104,6 +105,8 @@ class Sweep:
             refuse(f"there is no base recipe '{self.base}', seen from '{Path.cwd()}'.")
         slugs: dict[str, str] = {}
         for name in self.settings:
+            if name in SOLVERS:
+                refuse(f"the setting '{name}' has the name of a solver; give it another one.")
             if slugs.setdefault(slug(name), name) != name or set("=/") & set(name):
                 refuse(
                     f"the setting '{name}' needs another name: without '=' and '/', and not like '{slugs[slug(name)]}'."
@@ -294,8 +297,8 @@ def learning_figure(runs: list[Run], results: list[dict[str, Any]]) -> Figure:
             calls, fids = curve(run, result["calls_per_step"])
             offset = result["network_calls"] - result["optimiser_steps"] * result["calls_per_step"]
             calls = [offset, *(each + offset for each in calls)]
-            fids = [result["validation_of_initial_sampler"]["fid"], *fids]
-            first = run.seed == min(each.seed for each in runs)
+            fids = [result["validation_of_initial_sampler"].get("fid", math.nan), *fids]
+            first = run.seed == min(each.seed for each in runs if each.setting == run.setting)
             axes.plot(
                 np.array(calls) / 1e6, fids, styles[run.setting], color=colours[run.setting], linewidth=1,
                 label=run.setting if first else None,
@@ -351,9 +354,10 @@ def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
     groups = {"compare": (sorted(seeds), shared)} if shared else {}
     groups |= {f"compare-{steps}": ([steps], mine) for steps, mine in sorted(seeds.items()) if mine != shared}
     for name, (steps, mine) in groups.items():
-        folder = output / name
+        # Of the first seed are the spacings of the solvers, which is part of what is compared.
+        folder = output / (name if min(mine) == min(sweep.seeds) else f"{name}-from-seed-{min(mine)}")
         known = output / "compare" / "scores.json"
-        if not (folder / "scores.json").exists() and known.exists() and min(mine) == min(shared):
+        if not (folder / "scores.json").exists() and known.exists() and shared and min(mine) == min(shared):
             # The same protocol: what is measured there is not measured again.
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "scores.json") as partial:

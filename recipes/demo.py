@@ -67,6 +67,7 @@ def score(
 ) -> tuple[dict[str, float], Tensor]:
     """FID, KID, IS of `num_images` samples from the test noise of `seed`, and the first 64 images."""
     space = FeatureSpace(module.features, real)
+    space.metrics.to(real.device)
     first: list[Tensor] = []
     for indices in torch.arange(num_images).split(BATCH_SIZE):
         key, samples = f"test/{seed}", indices.tolist()
@@ -81,7 +82,7 @@ def sampling_floor(real: Tensor, num_images: int, draws: int = 20) -> float:
     """Mean FID of real images drawn with replacement: what a perfect sampler would get from so many images."""
     generator, values = generator_for("sampling floor"), []
     for _ in range(draws):
-        metric = FrechetDistance(real)
+        metric = FrechetDistance(real).to(real.device)
         metric.update(real[torch.randint(len(real), (num_images,), generator=generator)])
         values.append(float(metric.compute()))
     return sum(values) / draws

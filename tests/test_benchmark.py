@@ -65,6 +65,30 @@ def test_each_seed_has_teacher_pairs_of_its_own(benchmark, monkeypatch, tmp_path
     assert "teacher" not in models["none/2-1"]
 
 
+def test_comparisons_of_other_first_seeds_and_of_no_shared_ones_have_folders_of_their_own(
+    benchmark, monkeypatch, tmp_path
+):
+    """The spacings of solvers are chosen with the first seed: scores of another cannot be gone on with."""
+    found = []
+    monkeypatch.setattr(benchmark, "compare", lambda *arguments: found.append(arguments[-1]))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SWEEP, "only": {}, "by_steps": {}}))
+    sweep = benchmark.Sweep.read(path)
+    runs = benchmark.runs_of(sweep, tmp_path)
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "scores.json").write_text("{}")
+
+    def folders(*cells):
+        found.clear()
+        benchmark.score(sweep, [each for each in runs if (each.steps, each.seed) in cells], tmp_path)
+        return {each.output.name: (each.steps, each.seeds) for each in found}
+
+    assert folders((2, 0), (3, 0), (2, 1), (3, 1)) == {"compare": ([2, 3], [0, 1])}
+    assert folders((2, 1), (3, 1)) == {"compare-from-seed-1": ([2, 3], [1])}
+    # No seed in common.
+    assert folders((2, 0), (3, 1)) == {"compare-2": ([2], [0]), "compare-3-from-seed-1": ([3], [1])}
+
+
 def run(benchmark, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
     benchmark.main()
@@ -148,6 +172,7 @@ def test_an_interrupted_run_goes_on_and_another_recipe_is_refused(benchmark, mon
         ({"only": {"first": {2: [0]}}}, "at 2 steps the settings have different seeds"),
         ({"settings": {"a b": {}, "a-b": {}}}, "the setting 'a-b' needs another name"),
         ({"settings": {"a=b": {}}}, "the setting 'a=b' needs another name"),
+        ({"settings": {"DDIM": {}}}, "the setting 'DDIM' has the name of a solver"),
         ({"calls": {2: 100}}, "`calls` has no budget for 3 steps"),
         ({"compare": {"solvers": ["Eular"]}}, "compare: Unknown solver 'Eular'"),
         ({"compare": {"judge": "nowhere"}}, "compare: .*nowhere"),

@@ -164,6 +164,11 @@ def test_imported_numbers_may_differ_by_rounding_in_a_checkpoint(schedule):
     assert set(_differing(config, rounded)) == {"anchor.coefficients.mu"}
     other = GGDMSampler(schedule, 3).config
     assert {"anchor.class_path", "anchor.name", "learn"} <= set(_differing(config, other))
+    # So do the times at which strides begin for cosine betas.
+    times = {**other, "timesteps": [995.0773, 500.0, 10.0]}
+    assert _differing(times, {**times, "timesteps": [995.0775, 500.0, 10.0]}) == {}
+    for others in ([995.1, 500.0, 10.0], [995.0773, 500.0], None):
+        assert set(_differing(times, {**times, "timesteps": others})) == {"timesteps"}
 
 
 def test_the_result_is_never_worse_than_the_start(tmp_path):

@@ -79,8 +79,11 @@ class SamplerPictures(Callback):
         if getattr(trainer, "fast_dev_run", False) or not self.steps or self.steps[-1] >= trainer.global_step:
             return
         if trainer.is_global_zero:
+            # As many at once as in a validation.
+            size = getattr(getattr(trainer, "datamodule", None), "eval_batch_size", self.num_images)
+            parts = torch.arange(self.num_images).split(size)
             with trainer.precision_plugin.val_step_context():
-                images = pl_module.samples("validation", torch.arange(self.num_images))
+                images = torch.cat([pl_module.samples("validation", part) for part in parts])
             self._grid = image_grid(images, self.columns, self.scale or enlargement(images.shape[-2]))
         self._draw(trainer, pl_module)
 

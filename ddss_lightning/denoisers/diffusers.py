@@ -17,6 +17,11 @@ from ddss_lightning.denoisers.pipelines import check_path, decoder_factor, load_
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
+
+class NoNullLabelError(ValueError):
+    """A network with classes, and neither a label that stands for none nor a guidance scale of 1."""
+
+
 # Beside the folders `unet` and `scheduler` of a class-conditional model: {"null_label": ..., ...}.
 CLASSES_NAME = "classes.json"
 # Modes of `torch.compile` that record CUDA graphs: each call writes where the last one wrote.
@@ -111,7 +116,7 @@ class DiffusersDenoiser(Denoiser):
         if scale is not None and not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale must be a number of at least 0, got {scale}.")
         if num_conditions and not has_null and scale != 1:
-            raise ValueError(
+            raise NoNullLabelError(
                 f"The network has {num_conditions} classes; give the null_label (--denoiser.null_label) that it was "
                 "trained with for images of any class, or, if it was trained without one, guidance_scale=1."
             )

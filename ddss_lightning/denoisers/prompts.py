@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor
 from ddss_lightning.denoisers.calls import Conditions
 
 BATCH = 32
+# Numbers of each weight by which text encoders are told apart.
+FIRST = 64
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -68,6 +72,20 @@ def encode_prompts(
     ]
     together = {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
     return together, encode(pipeline, [negative_prompt], True)
+
+
+def digest_of_texts(pipeline: Any, prompts: Sequence[str], negative_prompt: str | None) -> str:  # noqa: ANN401
+    """Sixteen hexadecimal digits of the texts and of the beginnings of all weights that encode them.
+
+    Not of what they are encoded to, which differs in its last digits between processors and numbers of threads.
+    """
+    digest = hashlib.sha256(json.dumps([list(prompts), negative_prompt]).encode())
+    for name in sorted(name for name in pipeline.components if name.startswith("text_encoder")):
+        encoder = getattr(pipeline, name)
+        for key, value in sorted(encoder.state_dict().items()) if encoder is not None else ():
+            digest.update(f"{name} {key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().flatten()[:FIRST].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # Each takes prompts, or, as such, the negative one, which can be None.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddss_lightning.denoisers.calls import Conditions, call, hear_exact_times, sizes_of, type_of
 from ddss_lightning.denoisers.diffusers import DiffusersDenoiser, Weights, check_mode, dtype_of
 from ddss_lightning.denoisers.pipelines import check_path, loading
-from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
+from ddss_lightning.denoisers.prompts import digest_of_texts, encode_prompts, read_prompts
 from ddss_lightning.denoisers.text_pipelines import TextPipeline, check_scale
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
@@ -136,6 +136,7 @@ class TextDenoiser(DiffusersDenoiser):
             if is_other:
                 network.register_to_config(sample_size=latent_size)
             shown, negative = encode_prompts(pipeline, texts, negative_prompt)
+            told = digest_of_texts(pipeline, texts, negative_prompt)
         denoiser = cls(
             network,
             NoiseSchedule.from_scheduler(pipeline.scheduler),
@@ -146,7 +147,7 @@ class TextDenoiser(DiffusersDenoiser):
             pipeline.vae,
             scale,
         )
-        denoiser._image_size = image_size if is_other else None
+        denoiser._image_size, denoiser._prompts_digest = image_size if is_other else None, told
         denoiser.compiled(compile_mode)
         return denoiser
 
@@ -156,8 +157,8 @@ class TextDenoiser(DiffusersDenoiser):
         return len(self._prompts["encoder_hidden_states"])
 
     def settings(self) -> dict[str, Any]:
-        """Besides those of any latent model: the guidance scale, a digest of what the prompts were encoded to, and the
-        size of the images where it was chosen.
+        """Besides those of any latent model: the guidance scale, a digest of the prompts (of the texts and the text
+        encoders; where encoded ones were given, of these), and the size of the images where it was chosen.
         """
         scale = self.guidance_scale if self._told is None else self._told
         found = {**super().settings(), "guidance_scale": scale, "prompts": self._prompts_digest}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddss_lightning.denoisers import DiffusersDenoiser
+from ddss_lightning.denoisers.diffusers import NoNullLabelError
 from ddss_lightning.features.base import FeatureExtractor
 
 # Variances of dead channels have a square root with a finite slope.
@@ -67,13 +68,28 @@ class DenoiserFeatures(FeatureExtractor):
             self.num_features = self(torch.zeros(1, *self.image_shape, dtype=self.dtype, device=device)).shape[1]
 
     @classmethod
-    def from_pretrained(cls, pretrained_path: str, logsnr: float = 1.75) -> DenoiserFeatures:
-        """Of the diffusers pipeline in a folder or on the hub, see `DiffusersDenoiser.from_pretrained`.
+    def from_pretrained(
+        cls, pretrained_path: str, logsnr: float = 1.75, null_label: int | None = None
+    ) -> DenoiserFeatures:
+        """Of the diffusers pipeline in a folder or on the hub.
+
+        Args:
+            pretrained_path: see `DiffusersDenoiser.from_pretrained`.
+            logsnr: see the class.
+            null_label: of a network with classes, see `DiffusersDenoiser.from_pretrained`.
 
         Raises:
             ValueError: as there and in the constructor.
         """
-        return cls(DiffusersDenoiser.from_pretrained(pretrained_path), logsnr)
+        try:
+            denoiser = DiffusersDenoiser.from_pretrained(pretrained_path, null_label)
+        except NoNullLabelError as error:
+            raise ValueError(
+                f"DenoiserFeatures of '{pretrained_path}': the network has classes; give the null_label that it was "
+                "trained with to these features, too. A network that was trained without one has no features of images "
+                "of any class: leave them out."
+            ) from error
+        return cls(denoiser, logsnr)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, shape (N, d), of images of shape (N, *image_shape) in [-1, 1].

@@ -66,11 +66,20 @@ def test_the_last_steps_are_drawn_too(tmp_path):
         pictures = SamplerPictures(num_images=8, columns=4, scale=2)
         options = {"callbacks": [pictures], "enable_checkpointing": False, "max_steps": 3}
         runner, module = trainer(tmp_path / str(steps_per_epoch), -1, **options), make()
-        runner.fit(module, data(steps_per_epoch))
+        images = data(steps_per_epoch)
+        # Never more at once than in a validation.
+        images.eval_batch_size, sizes, samples = 5, [], module.samples
+        module.samples = lambda split, indices, samples=samples, sizes=sizes: (
+            sizes.append(len(indices)) or samples(split, indices)
+        )
+        runner.fit(module, images)
+        assert max(sizes) == 5
         assert pictures.steps == ([0, 2, 3] if steps_per_epoch == 2 else [0, 3])
         assert pictures.times[-1] == module.averaged.timesteps().tolist()
         with torch.no_grad():
-            expected = image_grid(module.samples("validation", torch.arange(8)), 4, 2)
+            parts = torch.arange(8).split(runner.datamodule.eval_batch_size)
+            images = torch.cat([module.samples("validation", part) for part in parts])
+            expected = image_grid(images, 4, 2)
         folder = tmp_path / str(steps_per_epoch) / "pictures"
         assert torch.equal(pictures._grid, expected)
         assert {path.name for path in folder.iterdir()} == {"samples.png", "mu.png", "times.png"}

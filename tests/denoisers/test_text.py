@@ -44,7 +44,7 @@ from transformers import (
 
 from ddss_lightning import DDSSModule, GGDMSampler, RandomFeatures, TeacherLoss, TeacherPairs
 from ddss_lightning.denoisers import DiffusersDenoiser, TextDenoiser
-from ddss_lightning.denoisers.prompts import encode_prompts, read_prompts
+from ddss_lightning.denoisers.prompts import digest_of_texts, encode_prompts, read_prompts
 from ddss_lightning.denoisers.text_pipelines import TextPipeline
 from ddss_lightning.noise import take_turns
 from ddss_lightning.schedule import NoiseSchedule
@@ -288,6 +288,20 @@ def test_a_sampler_learns(folder, tmp_path):
     other = loaded(folder, PROMPTS[:2], guidance_scale=3.0)
     assert other.fingerprint() == module.denoiser.fingerprint()
     assert teacher.folder(other) != teacher.folder(module.denoiser)
+
+
+def test_what_prompts_are_is_told_by_texts_and_encoders_not_by_rounding(folder, tmp_path):
+    """Encoded ones differ in their last digits between processors: a fit could not be resumed on another."""
+    saved = TextPipeline.read(folder, {})
+    pipeline = saved.load(folder, {}, torch.float32)
+    first = digest_of_texts(pipeline, PROMPTS, None)
+    assert first == digest_of_texts(saved.load(folder, {}, torch.float32), PROMPTS, None)
+    assert loaded(folder, PROMPTS).settings()["prompts"] == first
+    others = [digest_of_texts(pipeline, PROMPTS[:2], None), digest_of_texts(pipeline, PROMPTS, "b")]
+    with torch.no_grad():
+        list(pipeline.text_encoder.parameters())[-1].add_(0.01)
+    others.append(digest_of_texts(pipeline, PROMPTS, None))
+    assert len({first, *others}) == 4
 
 
 def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import UNet2DModel, VQModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
 
 from ddss_lightning import DenoiserFeatures, DiffusersDenoiser, InFeatures, KIDLoss, WeightedSum
 from ddss_lightning.losses.base import Samples
@@ -71,6 +71,15 @@ def test_a_shipped_model_from_its_folder(at_root, denoiser):
     loss.fit_real(torch.zeros(64, 3), lambda network: network(real))
     near, far = (float(loss(Samples(images=images))) for images in (real[:32], real[:32] * 0.5))
     assert far > near + 0.01
+
+
+def test_a_network_of_classes_is_read_with_its_null_label(small, tmp_path):
+    """`classes.json` is not on the hub; the error names this part, not the model that was given its label already."""
+    DDPMPipeline(small.unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"DenoiserFeatures of '.*': the network has classes; give the null_label"):
+        DenoiserFeatures.from_pretrained(str(tmp_path))
+    found = DenoiserFeatures.from_pretrained(str(tmp_path), null_label=2)
+    assert found.fingerprint() == DenoiserFeatures(DiffusersDenoiser.from_pretrained(str(tmp_path), 2)).fingerprint()
 
 
 def test_what_has_no_features_of_images(small, schedule):
