@@ -1,4 +1,4 @@
-"""Make `digits-judge`: an encoder of digits that no sampler is learned or selected with.
+"""Make `digits-judge`: an encoder of digits that no shipped sampler is learned or selected with.
 
     python checkpoints/make_digits_judge.py --output checkpoints --overwrite
 
@@ -71,7 +71,7 @@ datasets: [scikit-learn digits (UCI Optical Recognition of Handwritten Digits, C
 # digits-judge
 
 A residual encoder of 8x8 digits ({parameters:.2f} M parameters), whose {num_features} pooled features are a second
-opinion on samplers: **no sampler is learned or selected with it.** It was trained to tell by which of the eight
+opinion on samplers: **no shipped sampler is learned or selected with it.** It was trained to tell by which of the eight
 symmetries of the square an image was turned and mirrored, never which digit it shows. `ddss compare --judge
 checkpoints/digits-judge` uses it; `ddss_lightning.features.ResidualFeatures.from_pretrained` loads it.
 

@@ -21,12 +21,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ddss_lightning import __version__
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
-from ddss_lightning.commands import COMMANDS, sampler_folder
+from ddss_lightning.commands import COMMANDS
 from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
-from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.ggdm import GGDMSampler, saved_sampler
 from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
@@ -209,7 +209,7 @@ class DDSSCommandLine(LightningCLI):
             self._go_on()
         if folder:
             learn = self.model.sampler.config["learn"] if self.subcommand == "fit" else ()
-            self.model.load_sampler(sampler_folder(folder), learn)
+            self.model.load_sampler(saved_sampler(folder), learn)
             rank_zero_info(
                 f"sampler: the one in '{folder}', {self.model.sampler.num_steps} network calls, instead of the recipe's"
             )

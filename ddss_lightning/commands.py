@@ -21,34 +21,6 @@ from ddss_lightning.scheduler import GGDMScheduler
 MODULE_NAME = "scheduler.py"
 
 
-def sampler_folder(path: str | Path) -> Path:
-    """The folder of the sampler: `path` itself, or that in the log folder of a fit, or in a folder with one fit.
-
-    Of a hub name `owner/model`: where the hub's cache keeps it.
-
-    Raises:
-        ValueError: no sampler there, or those of several fits.
-    """
-    folder = saved_sampler(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder '{folder}'; give a saved sampler, the log folder of a fit, or a hub name owner/model."
-        )
-    for candidate in (folder, folder / "sampler"):
-        if (candidate / CARD_NAME).is_file():
-            return candidate
-    runs = [card.parent for card in folder.glob(f"*/sampler/{CARD_NAME}")]
-    if len(runs) == 1:
-        return runs[0]
-    if runs:
-        names = ", ".join(f"'{run.parent}'" for run in sorted(runs))
-        raise ValueError(f"'{folder}' holds {len(runs)} fits; give one of {names}.")
-    raise ValueError(
-        f"No sampler in '{folder}': neither '{CARD_NAME}' nor 'sampler/{CARD_NAME}' is there. Give a folder written by "
-        "`ddss fit` or `GGDMSampler.save_pretrained`."
-    )
-
-
 def export(sampler: str, output: str, overwrite: bool = False) -> None:
     """Write a sampler as a diffusers scheduler: `scheduler_config.json`, `scheduler.py`, a card, the sampler's files.
 
@@ -65,7 +37,7 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
     Raises:
         ValueError: no sampler, a damaged one, or one of these files in `output` and `overwrite` is false.
     """
-    source, folder = sampler_folder(sampler), Path(output)
+    source, folder = saved_sampler(sampler), Path(output)
     loaded = GGDMSampler.from_pretrained(source)
     for problem in loaded.coefficients().problems():
         warnings.warn(f"The sampler in '{source}' is no good one: {problem}.", stacklevel=2)
@@ -136,7 +108,7 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
         raise ValueError(f"--picture must be a PNG file, such as mu.png, got '{picture}'.")
     if picture and (Path(picture).is_dir() or (Path(picture).exists() and not overwrite)):
         raise ValueError(f"'{picture}' is already there; give another file or --overwrite=true.")
-    source = sampler_folder(sampler)
+    source = saved_sampler(sampler)
     loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
     print(loaded)
     _print_heat_map(loaded)

@@ -22,11 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.callbacks.quality import check_judge
-from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
 from ddss_lightning.handmade import SOLVERS, NoSuchCallsError, solver_samplers
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure, thumbnails
 from ddss_lightning.sampling import SamplingModule
@@ -172,7 +171,7 @@ def _of_seeds(module: SamplingModule, label: str, folder: str, seeds: Sequence[i
 
 
 def _learned(module: SamplingModule, label: str, folder: str) -> Candidate:
-    path = sampler_folder(folder)
+    path = saved_sampler(folder)
     module.load_sampler(path)
     return Candidate(label, int(read_card(path)["nfe"]), "learned", module.sampler, folder)
 

@@ -452,7 +452,7 @@ class GGDMSampler(nn.Module):
         """Read what `save_pretrained` wrote.
 
         Args:
-            pretrained_path: a local folder, or a hub name `owner/model`.
+            pretrained_path: a local folder, the log folder of a fit, or a hub name `owner/model`.
 
         Returns:
             The sampler. One of format 1 that adds noise to a multistep solver, whose past predictions saw the noise
@@ -538,12 +538,31 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 
 def saved_sampler(path: str | Path) -> Path:
-    """The folder of a saved sampler: `path` itself or, of a hub name, where the hub's cache keeps its two files.
+    """The folder of a saved sampler: `path` itself, or that in the log folder of a fit, or in a folder with one fit.
+
+    Of a hub name `owner/model`: where the hub's cache keeps its two files.
 
     Raises:
-        ValueError: a hub name whose files cannot be fetched.
+        ValueError: no sampler there, those of several fits, or a hub name whose files cannot be fetched.
     """
-    return fetch_from_hub(str(path), (CARD_NAME, WEIGHTS_NAME)) if is_hub_name(path) else Path(path)
+    folder = fetch_from_hub(str(path), (CARD_NAME, WEIGHTS_NAME)) if is_hub_name(path) else Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no folder '{folder}'; give a saved sampler, the log folder of a fit, or a hub name owner/model."
+        )
+    for candidate in (folder, folder / "sampler"):
+        if (candidate / CARD_NAME).is_file():
+            return candidate
+    runs = [card.parent for card in folder.glob(f"*/sampler/{CARD_NAME}")]
+    if len(runs) == 1:
+        return runs[0]
+    if runs:
+        names = ", ".join(f"'{run.parent}'" for run in sorted(runs))
+        raise ValueError(f"'{folder}' holds {len(runs)} fits; give one of {names}.")
+    raise ValueError(
+        f"No sampler in '{folder}': neither '{CARD_NAME}' nor 'sampler/{CARD_NAME}' is there. Give a folder written by "
+        "`ddss fit` or `GGDMSampler.save_pretrained`, such as 'checkpoints/digits-ggdm-5'."
+    )
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -553,11 +572,6 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         ValueError: no sampler there, a card that is not JSON, or one of a newer format.
     """
     path = saved_sampler(folder) / CARD_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"No sampler in '{folder}': '{CARD_NAME}' is missing. Give a folder written by "
-            "`GGDMSampler.save_pretrained`, such as 'checkpoints/digits-ggdm-5'."
-        )
     try:
         card: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -94,7 +94,7 @@ class SamplingModule(LightningModule):
         """Use a saved sampler instead of the one this module was made with.
 
         Args:
-            pretrained_path: a local folder, or a hub name `owner/model`.
+            pretrained_path: a local folder, the log folder of a fit, or a hub name `owner/model`.
             learn: what to learn of a sampler that was saved as fixed numbers, which do not follow log-SNRs: `logsnr` is
                 left out. What another one learns is its own affair.
 

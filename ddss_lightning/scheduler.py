@@ -199,15 +199,19 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return_unused_kwargs: bool = False,
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Read a folder or repository with a `scheduler_config.json`, or what `GGDMSampler.save_pretrained` wrote.
+        """Read a folder or repository with a `scheduler_config.json`, what `GGDMSampler.save_pretrained` wrote, or the
+        log folder of a fit.
 
         Raises:
             OSError: neither is there, see diffusers' `SchedulerMixin.from_pretrained`.
             ValueError: a damaged sampler, or no such folder.
         """
         folder = Path(str(pretrained_model_name_or_path or ""), str(subfolder or ""))
-        if not (folder / cls.config_name).is_file() and (folder / SAMPLER_WEIGHTS).is_file():
-            return cls._from_sampler_folder(folder)
+        if not (folder / cls.config_name).is_file():
+            # The second is where a fit leaves it in its own folder.
+            for saved in (folder, folder / "sampler"):
+                if (saved / SAMPLER_WEIGHTS).is_file():
+                    return cls._from_sampler_folder(saved)
         # A name on the hub has one slash, and is no place in a folder that is here.
         name = str(pretrained_model_name_or_path or "")
         if not folder.exists() and (Path(name).parent.is_dir() or name.count("/") != 1):

@@ -409,7 +409,7 @@ def release(sweep_path: Path, run: Run, output: Path, folder: Path) -> None:
         if (row["nfe"], row["seed"]) == (run.steps, run.seed):
             name = f"**{row['sampler']}**" if row["sampler"] == run.setting else row["sampler"]
             values = [row.get(key) for key in ("fid", "kid", "precision", "recall", "judge_fid")]
-            cells = ["" if value is None else f"{value:.3g}" for value in values]
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
             rows.append(f"| {name} | {row['spacing']} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*(run.folder / "sampler").glob("sampler.*"), output / "compare" / f"samples-{run.steps}.png"):

@@ -27,10 +27,9 @@ from torch import Tensor
 
 from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.cli import DDSSCommandLine, command_line
-from ddss_lightning.commands import sampler_folder
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.files import replacing
-from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.ggdm import GGDMSampler, saved_sampler
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
@@ -259,7 +258,7 @@ def main() -> None:
         flags = ["--model.seed", str(args.seed), "--trainer.logger", "false"]
         cli = command_line(["-c", args.recipe, *flags], run=False)
         try:
-            cli.model.load_sampler(sampler_folder(args.sampler))
+            cli.model.load_sampler(saved_sampler(args.sampler))
         except ValueError as error:
             parser.error(f"--sampler: {error}")
     else:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ddss_lightning.cli import main
-from ddss_lightning.commands import sampler_folder
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.conftest import ROOT
 
@@ -90,7 +89,7 @@ def test_what_was_exported_is_the_sampler_too(fits, tmp_path):
     main(["export", str(fits / "version_1"), str(tmp_path / "out")])
     for name in ("sampler.json", "sampler.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (fits / "version_1" / "sampler" / name).read_bytes()
-    assert sampler_folder(tmp_path / "out") == tmp_path / "out"
+    assert saved_sampler(tmp_path / "out") == tmp_path / "out"
     main(["export", str(tmp_path / "out"), str(tmp_path / "out"), "--overwrite=true"])
     assert GGDMSampler.from_pretrained(tmp_path / "out").num_steps == 5
 
@@ -120,15 +119,17 @@ def test_samplers_of_the_hub(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     for nowhere in ("runs/5", "nowhere", "a/b/c"):
         with pytest.raises(ValueError, match=f"There is no folder '{nowhere}'"):
-            sampler_folder(nowhere)
+            saved_sampler(nowhere)
 
 
 def test_where_the_sampler_is(fits):
-    assert sampler_folder(fits / "version_0") == fits / "version_0" / "sampler"
+    assert saved_sampler(fits / "version_0") == fits / "version_0" / "sampler"
+    for kind in (GGDMSampler, GGDMScheduler):
+        assert kind.from_pretrained(fits / "version_0").num_steps == 5
     with pytest.raises(ValueError, match="holds 2 fits; give one of"):
-        sampler_folder(fits)
+        saved_sampler(fits)
     shutil.rmtree(fits / "version_1")
-    assert sampler_folder(fits) == fits / "version_0" / "sampler"
+    assert saved_sampler(fits) == fits / "version_0" / "sampler"
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_noisy_sampler_of_format_1_stays_what_it_was(tmp_path, schedule):
 
 
 def test_damaged_folders(tmp_path, schedule):
-    with pytest.raises(ValueError, match=r"'sampler.json' is missing"):
+    with pytest.raises(ValueError, match=r"neither 'sampler.json' nor"):
         GGDMSampler.from_pretrained(tmp_path)
     GGDMSampler(schedule, 3).save_pretrained(tmp_path)
     (tmp_path / "sampler.safetensors").write_bytes(b"not safetensors")

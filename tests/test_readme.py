@@ -31,7 +31,7 @@ def run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_examples_run(page, tmp_path, monkeypatch):
-    """Every line as it stands, but the Trainer takes two steps instead of 300 and validates on two batches."""
+    """Every line as it stands, but the Trainer takes two steps and validates on two batches."""
 
     class ShortTrainer(lightning.pytorch.Trainer):
         def __init__(self, **options):
