@@ -383,8 +383,8 @@ features serve FID, KID and the loss of the glyphs benchmark; its logits serve t
 JUDGE_CARD = """# glyphs-judge
 
 A residual encoder of {size}x{size} glyphs ({parameters:.2f} M parameters), whose {num_features} pooled features are a
-second opinion on samplers: **no shipped sampler is learned with it, and no step of learning selected**. (When the weights of
-the loss in `recipes/glyphs.yaml` were chosen, its scores on validation noise were in view;
+second opinion on samplers: **no shipped sampler is learned with it, and no step of learning selected**. (When the
+weights of the loss in `recipes/glyphs.yaml` were chosen, its scores on validation noise were in view;
 `docs/findings/attempts.md` says how.) Its architecture (residual, group normalisation, ReLU, pooled over positions) and
 its task differ from those of `glyphs-features`: it was trained to tell how an image was drawn (face; size, rotation,
 shear, stretch; colours of glyph and background and how they change across the image), never which letter it shows.

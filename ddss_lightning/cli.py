@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ddss_lightning import __version__
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
+from ddss_lightning.callbacks.folder import run_folder
 from ddss_lightning.commands import COMMANDS
 from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
@@ -70,6 +71,10 @@ class SaveConfig(SaveConfigCallback):
     # What this run wrote, before it began.
     written: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        # Lightning's log folder is shared by the runs of most loggers.
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the recipe, unless a checkpoint might be refused.
 
@@ -78,17 +83,17 @@ class SaveConfig(SaveConfigCallback):
         """
         if not trainer.loggers:
             return
-        checkpoint, folder = self.config.get("ckpt_path"), trainer.log_dir
-        if checkpoint and folder:
-            self.overwrite |= Path(folder).resolve() in Path(checkpoint).resolve().parents
-        held = folder is not None and not self.overwrite and Path(folder, self.config_filename).exists()
+        checkpoint, folder = self.config.get("ckpt_path"), run_folder(trainer)
+        if checkpoint:
+            self.overwrite |= folder.resolve() in Path(checkpoint).resolve().parents
+        held = not self.overwrite and (folder / self.config_filename).exists()
         # All processes stop, or none.
         if trainer.strategy.broadcast(held):
             go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
             raise ValueError(f"'{folder}' holds a run; {go_on}give another --trainer.logger.version.")
         if not self.overwrite or stage != "fit":
             self._write(trainer, pl_module, stage)
-            self.written = Path(folder, self.config_filename) if folder and trainer.is_global_zero else None
+            self.written = folder / self.config_filename if trainer.is_global_zero else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the recipe of a run that goes on."""
@@ -98,8 +103,15 @@ class SaveConfig(SaveConfigCallback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Without the checkpoint that the run went on from, with which another command would start, too."""
         checkpoint, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
+        self.folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
         self.config["ckpt_path"] = checkpoint
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Write the file; on the first process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.config_filename
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """A fit that fails before its first score had nothing to lose: its name is free again."""
@@ -210,8 +222,10 @@ class DDSSCommandLine(LightningCLI):
         if folder:
             learn = self.model.sampler.config["learn"] if self.subcommand == "fit" else ()
             self.model.load_sampler(saved_sampler(folder), learn)
+            learned = ", ".join(self.model.sampler.config["learn"]) or "nothing"
             rank_zero_info(
                 f"sampler: the one in '{folder}', {self.model.sampler.num_steps} network calls, instead of the recipe's"
+                + f"; what is learned of it: {learned}" * (self.subcommand == "fit")
             )
 
     def _go_on(self) -> None:

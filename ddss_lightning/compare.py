@@ -388,7 +388,8 @@ def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
         not_finite = sum(row.get("not_finite", 0) for row in mine)
         cells = [f"{not_finite} of {len(mine) * protocol['images']} images are not finite"] + [""] * len(metrics[1:])
         for column, name in enumerate([] if not_finite else metrics):
-            values = torch.tensor([row[name] for row in mine], dtype=torch.float64)
+            # None stands for NaN, which JSON does not have.
+            values = torch.tensor([math.nan if row[name] is None else row[name] for row in mine], dtype=torch.float64)
             spread = f" ± {float(values.std()):.{digits[name]}f}" if len(values) > 1 else ""
             cells[column] = f"{float(values.mean()):.{digits[name]}f}{spread}"
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")

@@ -388,7 +388,9 @@ class GGDMSampler(nn.Module):
         """
         self.check_denoiser(denoiser)
         coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()
-        if noise is None and (coefficients.std.detach() != 0).any():
+        # Where `std` is being learned, it has a slope at 0, too.
+        drawn = self.uses_noise if torch.is_grad_enabled() else bool((coefficients.std != 0).any())
+        if noise is None and drawn:
             # One draw a step, as diffusers' pipelines do: the same generator gives the same images there.
             draws = [randn_like(x_T, generator) for _ in range(self.num_steps - 1)]
             noise = torch.stack(draws) if draws else None

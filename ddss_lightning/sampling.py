@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.denoisers.base import Denoiser, check_takes_turns
 from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.features.kept import KeptFeatures, agree
 from ddss_lightning.ggdm import FORMAT_VERSION, Degree, GGDMSampler, read_card
@@ -88,6 +88,7 @@ class SamplingModule(LightningModule):
                 f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
                 f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
             )
+        check_takes_turns(denoiser)
         sampler.check_denoiser(denoiser)
 
     def load_sampler(self, pretrained_path: str | Path, learn: Sequence[Degree] = ()) -> None:
@@ -137,7 +138,8 @@ class SamplingModule(LightningModule):
         """Refuse a Trainer in float16, whose range loses gradients and needs their scaling, or with half weights.
 
         Raises:
-            ValueError: a precision other than 32-true, bf16-mixed and 64-true; a device without float64.
+            ValueError: a precision other than 32-true, bf16-mixed and 64-true; 64-true with a network that holds its
+                weights in half precision; a device without float64.
         """
         if self.trainer.strategy.root_device.type == "mps":
             raise ValueError(
@@ -148,6 +150,14 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 f"The Trainer's precision is '{self.trainer.precision}', in which a sampler cannot be learned; use "
                 "precision='bf16-mixed' (the networks in half precision, all else in float32) or '32-true'."
+            )
+        if self.trainer.precision == "64-true" and torch.bfloat16 in {
+            value.dtype for value in self.denoiser.parameters()
+        }:
+            # The Trainer would turn them into float64, and the model into another one than that of the sampler's card.
+            raise ValueError(
+                f"The Trainer's precision is '64-true', and the model '{self.denoiser.name}' holds its weights in "
+                "bfloat16; use precision='32-true', or the model with weights='float32'."
             )
 
     # ---------------------------------------------------------------------------------------------- real images

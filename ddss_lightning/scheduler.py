@@ -250,6 +250,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # As the unrolled chain shows them to a network in float32.
         self.timesteps = self._times.float().to(device)
         self.num_inference_steps = self.num_steps
+        self._taken = 0
         self._states: list[Tensor] = []
         self._noises: list[Tensor] = []
         self._scaled: Tensor | None = None
@@ -281,7 +282,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def step_index(self) -> int:
         """Number of steps taken since `set_timesteps`."""
-        return len(self._states)
+        return self._taken
 
     @property
     def begin_index(self) -> int:
@@ -302,7 +303,7 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:  # noqa: ANN401
         """The network's input: the sample itself, but for the scale of the first state."""
-        if self._states or self._numbers.init_noise_sigma == 1:
+        if self._taken or self._numbers.init_noise_sigma == 1:
             return sample
         self._scaled = sample * self._numbers.init_noise_sigma
         return self._scaled
@@ -373,7 +374,10 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     x_next = x_next + weight * noise.to(dtype)
         x_0 = weights(self._pred[k, 0]) * self._states[-1].to(dtype) + weights(self._pred[k, 1]) * output
         x_next, x_0 = x_next.to(sample.dtype), x_0.to(sample.dtype)
-        self._last = x_next
+        self._taken, self._last = k + 1, x_next
+        if self._taken == self.num_steps:
+            # A pipeline keeps its scheduler: the states of images that are done would stay in memory.
+            self._states, self._noises, self._scaled, self._last = [], [], None, None
         return GGDMSchedulerOutput(x_next, x_0) if return_dict else (x_next, x_0)
 
     def _check_step(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddss_lightning.denoisers.base import Denoiser
+from ddss_lightning.denoisers.base import Denoiser, check_takes_turns
 from ddss_lightning.files import default_cache_dir, replacing
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels, to_uint8
@@ -118,11 +118,7 @@ class TeacherPairs:
         Raises:
             ValueError: a denoiser with labels.
         """
-        if getattr(denoiser, "shown", None) is not None:
-            raise ValueError(
-                "Teacher pairs are shown the conditions of their indices: use the denoiser without `with_labels`, with "
-                "a `guidance_scale`."
-            )
+        check_takes_turns(denoiser)
         settings = denoiser.settings()
         identity = denoiser.fingerprint()
         if settings.get("guidance_scale") is not None:

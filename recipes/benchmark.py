@@ -342,8 +342,25 @@ def plan(runs: list[Run], costs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{len(runs)} runs, {total:.1f} million network calls of learning.", ""])
 
 
-def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
-    """`ddss compare` of all steps on the seeds that all have, then of those with more seeds on all theirs."""
+def worth_comparing(runs: list[Run], done: list[Run]) -> list[Run]:
+    """All that is finished, if the settings of each number of steps have the same seeds, else what was asked for.
+
+    So a part of a finished sweep that is run again does not take the place of the whole in its tables.
+    """
+    seeds: dict[int, dict[str, set[int]]] = {}
+    for run in done:
+        seeds.setdefault(run.steps, {}).setdefault(run.setting, set()).add(run.seed)
+    even = all(len({frozenset(each) for each in mine.values()}) == 1 for mine in seeds.values())
+    return done if even else runs
+
+
+def score(sweep: Sweep, runs: list[Run], output: Path) -> dict[int, Path]:
+    """`ddss compare` of all steps on the seeds that all have, then of those with more seeds on all theirs.
+
+    Returns:
+        Where the scores of each number of steps are.
+    """
+    folders: dict[int, Path] = {}
     common = output / "common.yaml"
     with replacing(common) as partial:
         partial.write_text(yaml.safe_dump(merged(sweep.common, {"trainer": {"logger": False}})))
@@ -370,6 +387,8 @@ def score(sweep: Sweep, runs: list[Run], output: Path) -> None:
         cli = command_line(["-c", sweep.base, "-c", str(common)], run=False)
         settings = Comparison(steps=steps, seeds=sorted(mine), samplers=list(samplers), output=folder, **sweep.compare)
         compare(cli.model, cli.datamodule, cli.trainer, settings)
+        folders = dict.fromkeys(steps, folder) | folders
+    return folders
 
 
 CARD = """---
@@ -400,10 +419,10 @@ A sampler of {steps} network calls for [`{model}`](../{model}), learned by the s
 """
 
 
-def release(sweep_path: Path, run: Run, output: Path, folder: Path) -> None:
+def release(sweep_path: Path, run: Run, compared: Path, folder: Path) -> None:
     """Copy a learned sampler into a folder of `checkpoints/`, with a card and the grid of its number of calls."""
     found = json.loads((run.folder / "run.json").read_text())
-    scores = json.loads((output / "compare" / "table.json").read_text())
+    scores = json.loads((compared / "table.json").read_text())
     protocol, rows = scores["protocol"], []
     for row in scores["rows"]:
         if (row["nfe"], row["seed"]) == (run.steps, run.seed):
@@ -412,7 +431,7 @@ def release(sweep_path: Path, run: Run, output: Path, folder: Path) -> None:
             cells = ["" if value is None else f"{value:.4g}" for value in values]
             rows.append(f"| {name} | {row['spacing']} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
-    for source in (*(run.folder / "sampler").glob("sampler.*"), output / "compare" / f"samples-{run.steps}.png"):
+    for source in (*(run.folder / "sampler").glob("sampler.*"), compared / f"samples-{run.steps}.png"):
         with replacing(folder / ("samples.png" if source.suffix == ".png" else source.name)) as partial:
             shutil.copyfile(source, partial)
     card = CARD.format(
@@ -438,6 +457,7 @@ def main() -> None:
     parser.add_argument(
         "--release", nargs=2, metavar=("SETTING", "FOLDER"), help="copy its samplers to FOLDER-<steps>, with cards"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace samplers that were released before")
     given, console = parser.parse_args(), Console()
     if given.output.exists() and not given.output.is_dir():
         parser.error(f"--output: '{given.output}' is no folder; give another one.")
@@ -459,6 +479,14 @@ def main() -> None:
     ]
     if not runs:
         parser.error("no setting is run with these --steps, --seeds and --settings; see `only` in the sweep.")
+    released = {}
+    if given.release:
+        first = min(run.seed for run in runs)
+        released = {run: Path(f"{given.release[1]}-{run.steps}") for run in runs if run.setting == given.release[0]}
+        released = {run: folder for run, folder in released.items() if run.seed == first}
+    for folder in released.values():
+        if (folder / "README.md").exists() and not given.overwrite:
+            parser.error(f"--release: '{folder}' holds a released sampler; give another folder or --overwrite.")
     prepared = [prepare(run, sweep) for run in runs]
     text = plan(runs, [cost for _, cost in prepared])
     given.output.mkdir(parents=True, exist_ok=True)
@@ -480,10 +508,9 @@ def main() -> None:
     console.print(f"learned: '{given.output / 'learning.md'}', '{given.output / 'learning.png'}'")
     if given.no_compare:
         return
-    score(sweep, runs, given.output)
-    for run in runs if given.release else []:
-        if run.setting == given.release[0] and run.seed == min(each.seed for each in runs):
-            release(given.sweep, run, given.output, Path(f"{given.release[1]}-{run.steps}"))
+    folders = score(sweep, worth_comparing(runs, done), given.output)
+    for run, folder in released.items():
+        release(given.sweep, run, folders[run.steps], folder)
 
 
 if __name__ == "__main__":

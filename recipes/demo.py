@@ -34,6 +34,7 @@ from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
 from ddss_lightning.pictures import comparison_figure, save_figure
+from ddss_lightning.precision import full_precision
 from ddss_lightning.solvers import STRIDES
 
 SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}
@@ -56,22 +57,26 @@ def learn(recipe: str, seed: int, output: Path) -> tuple[DDSSCommandLine, float]
 
 @torch.no_grad()
 def real_features(module: DDSSModule, datamodule: ImageDataModule) -> Tensor:
-    """Features of all real images."""
-    return torch.cat([module.features(images.to(module.device)) for images in datamodule.real_dataloader()])
+    """Features of all real images, in the precision in which those of generated ones are computed."""
+    features, device = module.features, module.device
+    with full_precision(device.type):
+        return torch.cat([features(images.to(device, features.dtype)) for images in datamodule.real_dataloader()])
 
 
 @torch.no_grad()
 def score(
-    module: DDSSModule, sampler: GGDMSampler, real: Tensor, num_images: int, seed: int
+    cli: DDSSCommandLine, sampler: GGDMSampler, real: Tensor, num_images: int, seed: int
 ) -> tuple[dict[str, float], Tensor]:
     """FID, KID, IS of `num_images` samples from the test noise of `seed`, and the first 64 images."""
+    module, precision = cli.model, cli.trainer.precision_plugin
     space = FeatureSpace(module.features, real)
     space.metrics.to(real.device)
     first: list[Tensor] = []
     for indices in torch.arange(num_images).split(BATCH_SIZE):
         key, samples = f"test/{seed}", indices.tolist()
         x_T, noise = held_out_noise(key, samples, module.denoiser.state_shape, sampler.num_steps)
-        images = module.generate(x_T, noise, sampler, module.denoiser.for_samples(key, samples))
+        with precision.test_step_context():
+            images = module.generate(x_T, noise, sampler, module.denoiser.for_samples(key, samples))
         space.update(images, indices)
         first = first or [images[:64]]
     return space.compute(), first[0]
@@ -87,8 +92,9 @@ def sampling_floor(real: Tensor, num_images: int, draws: int = 20) -> float:
     return sum(values) / draws
 
 
-def compare(module: DDSSModule, real: Tensor, num_images: int, seed: int) -> dict[str, Any]:
+def compare(cli: DDSSCommandLine, real: Tensor, num_images: int, seed: int) -> dict[str, Any]:
     """Scores and first images of every solver at every stride, and of the learned sampler."""
+    module = cli.model
     schedule, num_steps = module.denoiser.schedule, module.sampler.num_steps
     samplers = {
         (name, stride): GGDMSampler(
@@ -110,7 +116,7 @@ def compare(module: DDSSModule, real: Tensor, num_images: int, seed: int) -> dic
         bar = progress.add_task("comparing", total=len(samplers))
         for (name, stride), sampler in samplers.items():
             progress.update(bar, description=f"{name} {stride}, {num_images} images")
-            results[name, stride] = score(module, sampler, real, num_images, seed)
+            results[name, stride] = score(cli, sampler, real, num_images, seed)
             progress.advance(bar)
     return results
 
@@ -276,7 +282,7 @@ def main() -> None:
     module, datamodule = cli.model.to(cli.trainer.strategy.root_device), cli.datamodule
     started = time.time()
     real = real_features(module, datamodule)
-    results = compare(module, real, args.num_images, args.seed)
+    results = compare(cli, real, args.num_images, args.seed)
     rows = best_rows(results)
     report = {
         "recipe": args.recipe,

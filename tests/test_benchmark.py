@@ -131,6 +131,12 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     assert GGDMSampler.from_pretrained(released).num_steps == 2
     assert (released / "samples.png").is_file()
     assert "| **second** | learned |" in (released / "README.md").read_text()
+    # A part that is run again does not take the place of the whole.
+    assert {row["nfe"] for row in json.loads((output / "compare" / "table.json").read_text())["rows"]} == {2, 3}
+    with pytest.raises(SystemExit):
+        run(
+            benchmark, monkeypatch, path, "--output", output, "--steps", 2, "--release", "second", tmp_path / "released"
+        )
     assert made == {str(file.relative_to(output)): file.stat().st_mtime_ns for file in output.glob("*/*/run.json")}
 
 
@@ -208,7 +214,7 @@ def test_a_budget_that_does_not_suffice_and_names_that_are_unknown(benchmark, mo
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_sweeps_can_be_read(benchmark, path):
     sweep = benchmark.Sweep.read(path)
-    assert len(benchmark.runs_of(sweep, path.parent)) > len(sweep.steps)
+    assert len(benchmark.runs_of(sweep, path.parent)) >= len(sweep.steps)
 
 
 @pytest.mark.slow

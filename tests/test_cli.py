@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 
 import ddss_lightning
@@ -123,6 +124,29 @@ def test_without_a_logger_nothing_is_left_behind(tmp_path):
     for _ in range(2):
         main(["test", "-c", RECIPE, *flags])
     assert not list(tmp_path.iterdir())
+
+
+class LoggerOfOneFolder(DummyLogger):
+    """Tells all its runs the same `save_dir`, as that of Weights & Biases."""
+
+    def __init__(self, save_dir: str, version: str) -> None:
+        super().__init__()
+        self.folder, self.run = save_dir, version
+
+    name, save_dir, version = "project", property(lambda self: self.folder), property(lambda self: self.run)
+
+
+def test_runs_of_any_logger_have_folders_of_their_own(tmp_path, capsys):
+    """The second was refused, by the first one's recipe, and would have drawn over its pictures."""
+    flags = [*QUICK, f"--trainer.logger={__name__}.LoggerOfOneFolder", f"--trainer.logger.save_dir={tmp_path}"]
+    for version in ("a", "b"):
+        main(["fit", "-c", RECIPE, *flags, f"--trainer.logger.version={version}"])
+        here = {path.name for path in (tmp_path / "project" / version).iterdir()}
+        assert here == {"config.yaml", "sampler", "pictures", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {"project"}
+    again = ["fit", "-c", RECIPE, *flags, "--trainer.logger.version=b"]
+    assert "project/b' holds a run; go on with it by --ckpt_path=last" in error_of(capsys, again)
+    main([*again, "--ckpt_path=last"])
 
 
 def test_fit_resume_validate_test_predict(tmp_path, caplog):

@@ -476,6 +476,8 @@ def test_sixteen_solvers_are_told_apart_by_colour_and_marker():
 def test_small_scores_have_three_figures():
     row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "seed": 0, "fid": 123.456, "judge_fid": 0.012345}
     assert "| 5 | DDIM | leading | 123.46 | 0.0123 |" in markdown([row], {"images": 10})
+    # JSON has no NaN.
+    assert "| 5 | DDIM | leading | 123.46 | nan |" in markdown([{**row, "judge_fid": None}], {"images": 10})
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"protocol": {}, "cells": 3}'])

@@ -335,3 +335,17 @@ def test_saved_samplers_from_before_strides_began_earlier_stay_what_they_were(tm
     again = GGDMSampler.from_pretrained(tmp_path)
     assert torch.equal(again.coefficients().mu, before.coefficients().mu)
     assert again.timesteps()[0] == 999
+
+
+def test_noise_that_is_being_learned_has_a_slope_at_zero(schedule):
+    """A loop of one's own draws none itself: its `std` stayed at 0 for ever."""
+    sampler, x_T = GGDMSampler(schedule, 4, learn=("std",)), torch.ones(2, 1, 3, 3)
+    (slope,) = torch.autograd.grad(
+        sampler(lambda x, _: 0.1 * x.tanh(), x_T, generator=torch.manual_seed(0)).square().sum(),
+        [sampler.corrections["std"]],
+    )
+    assert (slope != 0).all()
+    state = torch.manual_seed(0).get_state()
+    with torch.no_grad():
+        sampler(lambda x, _: 0.1 * x.tanh(), x_T, generator=(unused := torch.manual_seed(0)))
+    assert torch.equal(unused.get_state(), state)

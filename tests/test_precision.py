@@ -51,7 +51,17 @@ def test_precisions_that_work_have_the_same_gradient(tmp_path):
         assert (gradients[precision] - expected).norm() <= tolerance * expected.norm(), precision
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_weights_in_half_precision_are_not_cast_to_float64(tmp_path):
+    """The sampler would belong to a model that nobody can load."""
+    denoiser, like = DiffusersDenoiser.from_pretrained(DDPM, weights="bfloat16"), make()
+    module = DDSSModule(denoiser, like.sampler, like.features, batch_size=8)
+    with pytest.raises(
+        ValueError, match=r"'64-true', and the model '.*' holds its weights in bfloat16; use precision="
+    ):
+        trainer(tmp_path, precision="64-true").fit(module, data(steps=1))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_weights_in_half_precision_learn(tmp_path, precision):
     """In all precisions of the Trainer; rematerialised, too, for which the chain is computed twice."""
     gradients = []

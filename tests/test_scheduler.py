@@ -533,6 +533,11 @@ def test_wrong_use_is_told(sampler):
     x = sample
     for t in scheduler.timesteps:
         x = scheduler.step(residual, t, x).prev_sample
+    assert scheduler.step_index == 4
+    # A pipeline keeps its scheduler: on a GPU these would be gigabytes.
+    assert not [
+        name for name, value in vars(scheduler).items() if value is sample or (isinstance(value, list) and value)
+    ]
     with pytest.raises(ValueError, match="All 4 steps were taken; call `set_timesteps`"):
         scheduler.step(residual, scheduler.timesteps[0], sample)
     scheduler.set_timesteps()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ddss_lightning.callbacks.folder import run_folder
 from ddss_lightning.pictures import enlargement, image_grid, mu_figure, save_figure, save_png, times_figure
 from ddss_lightning.sampling import SamplingModule
 
@@ -89,8 +89,7 @@ class SamplerPictures(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: SamplingModule) -> None:
         self._record(trainer.global_step, pl_module)
-        # On all processes: `log_dir` is a broadcast.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+        folder = run_folder(trainer) / "pictures"
         if not trainer.is_global_zero or self._grid is None:
             return
         figures = {

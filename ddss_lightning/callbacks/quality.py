@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ddss_lightning.callbacks.folder import run_folder
 from ddss_lightning.features import load_any
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.files import why_no_folder
@@ -186,8 +187,8 @@ class SampleQuality(Callback):
         self._known = True
 
     def folder(self, trainer: Trainer) -> Path:
-        """Where the best sampler is written. To be called on all processes: `log_dir` is a broadcast."""
-        return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "sampler"
+        """Where the best sampler is written. To be called on all processes, see `run_folder`."""
+        return Path(self.dirpath) if self.dirpath else run_folder(trainer) / "sampler"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse a judge that does not fit, before any work starts."""
@@ -210,7 +211,7 @@ class SampleQuality(Callback):
         if problem := trainer.strategy.broadcast(problem):
             raise ValueError(f"quality.dirpath: {problem}.")
         # As seen from the folder of the logs: a run can be moved as a whole, and its checkpoints be compared.
-        place = os.path.relpath(folder, trainer.log_dir or trainer.default_root_dir)
+        place = os.path.relpath(folder, run_folder(trainer))
         self._is_of_another = trainer.strategy.broadcast(self._holds_another(trainer, folder, place))
         if self._is_of_another and not self.overwrite:
             raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")

@@ -71,3 +71,16 @@ class Denoiser(Frozen, ABC):
     def decode_in_parts(self, x_0: Tensor, size: int | None) -> Tensor:
         """`decode`, `size` images at once (None: all): a decoder takes many times the memory of its latents."""
         return self.decode(x_0) if size is None else torch.cat([self.decode(part) for part in x_0.split(size)])
+
+
+def check_takes_turns(denoiser: Denoiser) -> None:
+    """Make sure that each sample is shown the condition of its index (`for_samples`), not one that was set before.
+
+    Raises:
+        ValueError: a denoiser with labels.
+    """
+    if getattr(denoiser, "shown", None) is not None:
+        raise ValueError(
+            f"The labels that '{denoiser.name}' was given would not be shown: in learning, scores and teacher pairs "
+            "the classes take turns. Use the denoiser without `with_labels`, with a `guidance_scale`."
+        )

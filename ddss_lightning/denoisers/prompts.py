@@ -149,7 +149,8 @@ def _sana(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa
 
 
 def _flux(pipeline: Any, texts: Texts, is_negative: bool) -> Conditions:  # noqa: ANN401, ARG001
-    rows, pooled, _ = pipeline.encode_prompt([text or "" for text in texts], device=torch.device("cpu"))
+    # The second prompt has a default only in newer versions.
+    rows, pooled, _ = pipeline.encode_prompt([text or "" for text in texts], None, device=torch.device("cpu"))
     return {"encoder_hidden_states": rows, "pooled_projections": pooled}
 
 

@@ -65,7 +65,7 @@ class SampleMetric(Metric):
             check_images(samples, remedy=DIVERGED)
             device = next(network.parameters(), samples).device
             with full_precision(device.type):
-                samples = self.represent(network, samples.to(device).float())
+                samples = self.represent(network, samples.to(device, network.dtype))
         if samples.ndim != 2 or samples.shape[1] != self.num_features:
             remedy = "use the feature network of the real images" if network else "or give `features=` to take images"
             raise ValueError(

@@ -196,8 +196,11 @@ def test_the_teacher_s_images_are_of_the_classes_of_their_pairs(guided, features
     other = DiffusersDenoiser(guided.unet, guided.schedule, null_label=1, guidance_scale=3.0)
     plain = DiffusersDenoiser(guided.unet, guided.schedule, null_label=1)
     assert len({pairs.folder(each) for each in (guided, other, plain)}) == 3
-    with pytest.raises(ValueError, match="use the denoiser without `with_labels`, with a `guidance_scale`"):
+    refused = pytest.raises(ValueError, match="Use the denoiser without `with_labels`, with a `guidance_scale`")
+    with refused:
         pairs.make(labelled)
+    with refused:
+        DDSSModule(labelled, GGDMSampler(guided.schedule, 2), features)
     # A sampler that is the teacher hits its images: each pair is shown its own class in the fit, too.
     loss = WeightedSum({"kid": KIDLoss(), "teacher": TeacherLoss(distance="l2")}, {"kid": 0.0})
     module = DDSSModule(

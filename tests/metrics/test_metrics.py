@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import numpy as np
@@ -230,6 +231,19 @@ def test_images_through_a_feature_network(make, features):
         metric.update(images.to(torch.uint8))
     with pytest.raises(ValueError, match="takes vectors of shape"):
         make(real).update(images)
+
+
+def test_features_in_another_precision(features):
+    """As a Trainer of precision 64-true leaves them."""
+    images = torch.rand(9, *features.image_shape, generator=torch.manual_seed(0)) * 2 - 1
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        network = copy.deepcopy(features).to(dtype)
+        real = network(images.to(dtype)).detach()
+        metric = KernelDistance(real.float(), features=network)
+        metric.update(images)
+        found[dtype] = metric.compute()
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=1e-4, atol=1e-4)
 
 
 def test_the_features_argument(features):
