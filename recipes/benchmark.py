@@ -413,6 +413,7 @@ A sampler of {steps} network calls for [`{model}`](../{model}), learned by the s
 |---|---|
 | scores | noise of seed {seed} that learning never saw, {images} images against {real}; {pixels} |
 | features, judge | `{features}`, `{judge}` |
+| settings of the model | {settings} |
 | learning | {network_calls:.2f} million network calls, {optimiser_steps} steps of {optimiser} |
 | time | {minutes:.1f} min, of a processor {processor_minutes:.1f}, {machine} |
 | command | `python recipes/benchmark.py {sweep} --output OUT --settings "{setting}" --steps {steps} --seeds {seed}` |
@@ -438,6 +439,7 @@ def release(sweep_path: Path, run: Run, compared: Path, folder: Path) -> None:
         name=folder.name, sweep=sweep_path, rows="\n".join(rows), model=Path(protocol["model"].split(" ")[0]).name,
         images=protocol["images"], real=f"{protocol['real_images'].split(' ')[0]} real ones", pixels=protocol["pixels"],
         features=protocol["features"], judge=protocol.get("judge", "none").partition(";")[0],
+        settings=", ".join(f"{key} {value}" for key, value in protocol.get("model_settings", {}).items()) or "none",
         **{**found, "network_calls": found["network_calls"] / 1e6},
     )  # fmt: skip
     with replacing(folder / "README.md") as partial:

@@ -42,7 +42,7 @@ def glyphs_denoiser():
     return DiffusersDenoiser.from_pretrained(ROOT / "checkpoints" / "glyphs-ddpm")
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("glyphs-ggdm-*")), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("glyphs-*ggdm-*")), ids=lambda p: p.name)
 def test_shipped_sampler_of_glyphs_belongs_to_the_shipped_model(glyphs_denoiser, folder):
     learned, card = GGDMSampler.from_pretrained(folder), read_card(folder)
     assert learned.num_steps == int(folder.name.rpartition("-")[2])
