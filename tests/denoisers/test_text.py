@@ -454,7 +454,8 @@ def test_a_network_in_half_precision(folder):
     assert kinds[1] == {torch.float32}
     for exact, rounded in zip(*found, strict=True):
         error = (rounded - exact).norm() / exact.norm()
-        assert 0 < error < 0.2, error
+        # The tiny Flux is the worst: 0.20 on some processors.
+        assert 0 < error < 0.3, error
     with pytest.raises(ValueError, match="Unknown precision 'float16' of weights; choose one of float32, bfloat16"):
         loaded(folder, weights="float16")
 

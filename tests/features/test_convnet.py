@@ -11,7 +11,8 @@ def test_save_and_load(tmp_path):
     network.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
     again = ConvFeatures.from_pretrained(tmp_path)
     images = torch.rand(2, 3, 4, 4)
-    assert torch.equal(again(images), network(images))
+    # Weights that lie channels last may be summed in another order.
+    torch.testing.assert_close(again(images), network(images))
     assert again.logits(again(images)).shape == (2, 3)
     assert not any(p.requires_grad for p in again.parameters())
 
