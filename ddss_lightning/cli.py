@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -370,6 +371,8 @@ def main(args: list[str] | None = None) -> None:
         elif args[0] == "compare":
             recipes, settings, others = parse(args[1:])
             cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)
+            if settings.judge is None:
+                settings = dataclasses.replace(settings, judge=cli.quality.judge)
             compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
             command_line(args)

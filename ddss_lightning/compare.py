@@ -44,7 +44,8 @@ class Comparison:
         samplers: folders of learned samplers, each as `FOLDER` or `LABEL=FOLDER`. Samplers of one label are one curve,
             each of another number of calls. `{seed}` in a folder stands for the seed of the noise: what was learned
             with a seed is scored on the test noise of that seed. A folder with `=` in its name is `./FOLDER`.
-        judge: folder of a second feature network, in which the same images are scored too; it chooses nothing.
+        judge: a second feature network, or the folder of one, in which the same images are scored too; it chooses
+            nothing.
         seeds: of the noise; with the first one the spacings of solvers are chosen.
         num_images: images of the test noise per score.
         selection_images: images of the validation noise by which the spacing of a solver's calls is chosen.
@@ -57,7 +58,7 @@ class Comparison:
     steps: Sequence[int] = (5, 10, 20)
     solvers: Sequence[str] = DEFAULT_SOLVERS
     samplers: Sequence[str] = ()
-    judge: str | Path | None = None
+    judge: FeatureExtractor | str | Path | None = None
     seeds: Sequence[int] = (0,)
     num_images: int = 10_000
     selection_images: int = 2000
@@ -488,7 +489,9 @@ def parse(args: list[str]) -> tuple[list[str], Comparison, list[str]]:
         metavar="[LABEL=]FOLDER",
     )
     parser.add_argument(
-        "--judge", help="folder of a second feature network, which scores the same images", metavar="FOLDER"
+        "--judge",
+        help="folder of a second feature network, which scores the same images; default: the recipe's `quality.judge`",
+        metavar="FOLDER",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of the noise")
     parser.add_argument("--num_images", type=int, default=default.num_images)
@@ -522,7 +525,7 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
             folder, or nothing to compare.
     """
     _check_output(settings.output)
-    judge = None if settings.judge is None else load_any(settings.judge)
+    judge = load_any(settings.judge) if isinstance(settings.judge, (str, Path)) else settings.judge
     if judge is not None:
         check_judge(judge, module)
     found = contenders(module, settings)

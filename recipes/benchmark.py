@@ -128,7 +128,7 @@ class Sweep:
         try:
             judge = Comparison(**self.compare).judge
             if judge is not None:
-                load_any(judge)
+                load_any(str(judge))
         except (TypeError, ValueError) as error:
             refuse(f"compare: {error}")
 

@@ -24,7 +24,7 @@ from ddss_lightning.compare import (
 )
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser
-from ddss_lightning.features import ResidualFeatures
+from ddss_lightning.features import RandomFeatures, ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.handmade import SOLVERS
 from ddss_lightning.images import to_pixels
@@ -121,6 +121,20 @@ def test_scores_are_the_metric_on_the_test_noise(finished, denoiser, features, j
     assert row["fid"] == pytest.approx(fid_of(sampler, 4, denoiser, features), rel=1e-5)
     second = ResidualFeatures.from_pretrained(judge)
     assert row["judge_fid"] == pytest.approx(fid_of(sampler, 4, denoiser, second), rel=1e-5)
+
+
+def test_any_encoder_of_the_recipe_judges_and_the_flag_goes_before_it(finished, tmp_path, denoiser, judge):
+    encoder = {"class_path": "ddss_lightning.RandomFeatures", "init_args": {"image_channels": 1, "image_size": 8}}
+    (tmp_path / "judge.yaml").write_text(json.dumps({"quality": {"judge": encoder}}))
+    flags = ["-c", str(tmp_path / "judge.yaml"), "--steps", "5", "--solvers", "--samplers", SAMPLER, "--seeds", "4"]
+    main(command(tmp_path / "recipe", *flags))
+    (row,) = rows_of(tmp_path / "recipe")
+    second = RandomFeatures(image_channels=1, image_size=8)
+    expected = fid_of(GGDMSampler.from_pretrained(SAMPLER), 4, denoiser, second)
+    assert row["judge_fid"] == pytest.approx(expected, rel=1e-4)
+    main(command(tmp_path / "flag", *flags, "--judge", judge))
+    (row,) = rows_of(tmp_path / "flag")
+    assert row in rows_of(finished[0])
 
 
 def test_a_judge_scores_as_it_would_as_features_and_nothing_is_generated_for_it(finished, tmp_path, judge):
