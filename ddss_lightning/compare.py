@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.callbacks.quality import check_judge
 from ddss_lightning.data import ImageDataModule
+from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
@@ -74,6 +76,7 @@ class Comparison:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         if min(self.steps) < 1:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
+        object.__setattr__(self, "output", Path(self.output))
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output: '{self.output}' is no folder; give another one.")
         # What is named twice is one thing to measure.
@@ -188,7 +191,8 @@ class Scores:
     """Scores on disk, so that what is finished is never computed again. Each write replaces the file at once."""
 
     def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
-        self.path, self.protocol = path, dict(protocol)
+        # As it comes back from the file: without tuples.
+        self.path, self.protocol = path, json.loads(json.dumps(protocol))
         self.cells: dict[str, Cell] = {}
         if path.exists():
             try:
@@ -419,18 +423,28 @@ def protocol_of(
         "noise": "test/SEED, by index: the same for every sampler, unseen in learning and in the choice of spacings",
         "spacings_chosen_on": f"{settings.selection_images} images of validation/{settings.seeds[0]}, by FID",
         "real_images": f"{len(loader.dataset)} ({_digest(datamodule)})",
-        "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()})",
+        "model": f"{module.denoiser.name} ({module.denoiser.fingerprint()}){_code(module.denoiser)}",
         **({"model_settings": module.denoiser.settings()} if module.denoiser.settings() else {}),
         **({"conditions": CONDITIONS} if module.denoiser.settings().get("guidance_scale") is not None else {}),
         "precision": str(trainer.precision),
-        "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
+        "features": module.features.identity(),
         "resize": module.features.protocol()["resize"],
         "pixels": "clamped to [-1, 1], rounded to 256 levels",
     }
     if judge is None:
         return protocol
-    about = f"{type(judge).__name__} ({judge.fingerprint()}), resize {judge.protocol()['resize']}"
-    return {**protocol, "judge": f"{about}; spacings are chosen by the FID of the features above, not by its own"}
+    chosen = "spacings are chosen by the FID of the features above, not by its own"
+    return {**protocol, "judge": f"{judge.identity()}; {chosen}"}
+
+
+def _code(denoiser: Denoiser) -> str:
+    """Of a class outside this package the source: its scores are others when its `forward` has been mended."""
+    try:
+        source = inspect.getsource(type(denoiser))
+    except (OSError, TypeError):
+        return ""
+    own = type(denoiser).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return "" if own else f", code {hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 CONDITIONS = "all in turn, in a random order that follows from the key of the noise; a sample's from its index"
@@ -577,7 +591,7 @@ def _check_output(output: Path) -> None:
 
 
 def _shown(fid: float | None) -> str:
-    return "not finite" if fid is None else f"{fid:.2f}"
+    return "not finite" if fid is None else f"{fid:.{_digits([fid])}f}"
 
 
 def _write(
@@ -606,10 +620,9 @@ def _write(
                 for row, each in mine
             ]
             figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
-    features = f"{protocol['features']}, resize {protocol['resize']}"
     with SummaryWriter(str(output / "tensorboard")) as writer:
         for name, figure in figures.items():
-            space = protocol["judge"].partition(";")[0] if name == "judge_fid" else features
+            space = protocol["judge"].partition(";")[0] if name == "judge_fid" else protocol["features"]
             figure.supxlabel(f"{protocol['images']} images, {space}, {protocol['pixels']}", fontsize=6)
             save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)

@@ -527,7 +527,9 @@ def _changed_options(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
     """The options of a scheduler that are not its class's defaults."""
     defaults = {name: each.default for name, each in inspect.signature(type(scheduler).__init__).parameters.items()}
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+    return {
+        name: value for name, value in config.items() if name not in defaults or _plain(value) != _plain(defaults[name])
+    }
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -75,7 +75,8 @@ class DDSSModule(SamplingModule):
             numbers. It takes learning rates of two to eight times those of Adam.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: where the cosine decay ends, as a fraction of the learning rate.
-        gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`.
+        gradient_clip_norm: largest norm of the whole gradient, where the Trainer sets no `gradient_clip_val`; 0, as
+            there, or infinity: no limit.
         ema_decay: decay of the running average of the sampler that is scored and saved; 0 turns it off.
         remat: what is kept for the backward pass: `none`, `denoiser`, `every(n)` or `budget(bytes)`, with `+offload` or
             without, see `unroll`.
@@ -146,7 +147,7 @@ class DDSSModule(SamplingModule):
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
         for part in self.loss.modules():
-            if isinstance(part, FeatureExtractor) and part.image_shape != denoiser.image_shape:
+            if isinstance(part, FeatureExtractor) and tuple(part.image_shape) != tuple(denoiser.image_shape):
                 raise ValueError(
                     f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the loss's "
                     f"{type(part).__name__} takes {part.image_shape} (channels, height, width); use another."
@@ -398,7 +399,8 @@ class DDSSModule(SamplingModule):
         return loss.detach(), slopes
 
     def _features_of(self, images: Tensor) -> Tensor:
-        return torch.cat([self.features(part) for part in images.split(self.features_batch_size or len(images))])
+        parts = images.to(self.features.dtype).split(self.features_batch_size or len(images))
+        return torch.cat([self.features(part) for part in parts])
 
     def _gather(self, own: Tensor) -> Tensor:
         """See `Samples.gather`. Every process computes the same loss, so nothing is sent back for the gradient."""

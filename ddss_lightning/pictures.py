@@ -40,15 +40,17 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def image_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Tensor:
-    """One picture of many: shape (N, C, H, W) in [-1, 1] -> uint8 (C, rows * H + ..., columns * W + ...).
+    """One picture of many: shape (N, C, H, W) in [-1, 1] -> uint8 (1 or 3, rows * H + ..., columns * W + ...).
 
     Args:
-        images: N at least 1; the last row is filled with white.
+        images: N at least 1; the last row is filled with white. Of two channels their mean is shown, of more than three
+            the first three.
         columns: images per row.
         scale: whole-number enlargement of each pixel.
         gap: white pixels between images.
     """
-    pixels = to_uint8(images).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    visible = images.mean(1, keepdim=True) if images.shape[1] == 2 else images[:, :3]
+    pixels = to_uint8(visible).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     pixels = torch.nn.functional.pad(pixels, (0, gap, 0, gap), value=255)
     missing = -len(pixels) % columns
     pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])
@@ -56,7 +58,7 @@ def image_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Write a uint8 picture of shape (C, H, W), C = 1 or 3, as PNG."""
+    """Write a uint8 picture of shape (C, H, W), C = 1 (grey), 3 (RGB) or 4 (RGBA), as PNG."""
     from PIL import Image
 
     array = image.permute(1, 2, 0).numpy()

@@ -36,6 +36,8 @@ LARGE_WEIGHT = 1e6
 BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale"}
 SIGMAS = {"use_flow_sigmas", "flow_shift", "shift", "sigma_min", "sigma_max", "sigma_data"}
 SCHEDULE_ARGUMENTS = {"num_train_timesteps", *BETAS, *SIGMAS}
+# What the loop of a pipeline itself gives to `step`.
+STEP_ARGUMENTS = {"model_output", "timestep", "sample", "generator", "return_dict"}
 # Noise that a scheduler adds to the image itself in its last step, below which it counts as none.
 NO_NOISE = 1e-8
 
@@ -200,6 +202,10 @@ def probe(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     if is_learned(scheduler):
         return _own_numbers(scheduler, num_steps, set_timesteps, step)
+    takes = inspect.signature(scheduler.step).parameters
+    if unknown := [option for option in step if option not in takes]:
+        options = ", ".join(option for option in takes if option not in STEP_ARGUMENTS) or "none"
+        raise ValueError(f"{name} has no option {unknown[0]} of `step`; its options are {options}.")
     rows, timesteps = _run_on_basis(scheduler, num_steps, set_timesteps, step)
     coefficients = _solve(rows, timesteps, scheduler)
     _verify(coefficients, scheduler, num_steps, set_timesteps, step)
@@ -450,7 +456,8 @@ def _solve(rows: Tensor, timesteps: Tensor, scheduler: Any) -> Coefficients:  # 
     if std[-1].abs() > NO_NOISE:
         raise NotAGGDMError(
             f"{name} adds noise of standard deviation {float(std[-1]):.3g} to the image in its last step; choose "
-            "options with a last step to the clean image, such as set_alpha_to_one=True or final_sigmas_type='zero'."
+            "options with a last step to the clean image, such as set_alpha_to_one=True or final_sigmas_type='zero', "
+            "and without s_churn."
         )
     # In units of what their own step added; one that added none has none to take out.
     past_noise = without_rounding(torch.where(std.abs() > NO_NOISE, noise_weights / std, 0.0).tril(-1))

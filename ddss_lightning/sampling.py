@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class SamplingModule(LightningModule):
                     f"{type(part).__name__} has no attribute `{missing[0]}`; set {', '.join(names)} in its __init__, "
                     f"see {type(part).__mro__[1].__name__}."
                 )
-        if denoiser.image_shape != features.image_shape:
+        if tuple(denoiser.image_shape) != tuple(features.image_shape):
             raise ValueError(
                 f"The denoiser '{denoiser.name}' makes images of shape {denoiser.image_shape}, the feature network "
                 f"takes {features.image_shape} (channels, height, width); use a feature network for such images."
@@ -122,7 +123,8 @@ class SamplingModule(LightningModule):
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
 
     def _compare_settings(self, pretrained_path: str | Path, theirs: dict[str, Any] | None) -> None:
-        ours = self.denoiser.settings()
+        # As they come back from a card: without tuples.
+        ours = json.loads(json.dumps(self.denoiser.settings()))
         # Cards of older versions say nothing of them.
         if theirs is None:
             return

@@ -7,6 +7,7 @@ without this package.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 SAMPLER_CARD, SAMPLER_WEIGHTS, FORMAT_VERSIONS = "sampler.json", "sampler.safetensors", (1, 2)
@@ -208,10 +209,12 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         folder = Path(str(pretrained_model_name_or_path or ""), str(subfolder or ""))
         if not (folder / cls.config_name).is_file():
-            # The second is where a fit leaves it in its own folder.
-            for saved in (folder, folder / "sampler"):
+            # The second is where a fit leaves it in its own folder, the third that of the only fit in a folder.
+            fits = [path.parent for path in folder.glob(f"*/sampler/{SAMPLER_WEIGHTS}")]
+            for saved in (folder, folder / "sampler", *(fits if len(fits) == 1 else ())):
                 if (saved / SAMPLER_WEIGHTS).is_file():
-                    return cls._from_sampler_folder(saved)
+                    scheduler = cls._from_sampler_folder(saved)
+                    return (scheduler, kwargs) if return_unused_kwargs else scheduler
         # A name on the hub has one slash, and is no place in a folder that is here.
         name = str(pretrained_model_name_or_path or "")
         if not folder.exists() and (Path(name).parent.is_dir() or name.count("/") != 1):
@@ -223,8 +226,12 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def _from_sampler_folder(cls, folder: Path) -> GGDMScheduler:
         try:
-            tensors = load_file(folder / SAMPLER_WEIGHTS)
+            data = (folder / SAMPLER_WEIGHTS).read_bytes()
             card = json.loads((folder / SAMPLER_CARD).read_text())
+            # Cards of older versions do not say.
+            if card.get("weights_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError(f"'{SAMPLER_WEIGHTS}' and '{SAMPLER_CARD}' do not belong together")
+            tensors = load(data)
             if card["format_version"] not in FORMAT_VERSIONS:
                 raise ValueError(f"its format version is {card['format_version']}, this file reads {FORMAT_VERSIONS}")
             numbers = {name.removeprefix("coefficients."): value for name, value in tensors.items()}

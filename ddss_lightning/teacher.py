@@ -23,6 +23,8 @@ from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.solvers import Solver, Stride
 
 FORMAT_VERSION = 2
+# Of kept images so many are made again, and may differ by so many of 255 levels on average, by rounding.
+FEW, LARGEST_ERROR = 4, 4.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class TeacherPairs:
     The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, what the teacher's
     coefficients follow from (its arguments, an outline of the schedule, the version of diffusers), and the seed. A file
     is there whole or not at all: an interrupted run goes on with those that are missing, a larger `num_pairs` makes
-    only the new ones, and several processes share the work. Noise is drawn again when it is needed, by (seed, index),
+    only the new ones, and several processes share the work. Four images are made again, and compared, before kept ones
+    are used: the code of a denoiser may have changed. Noise is drawn again when it is needed, by (seed, index),
     apart from all other noise.
 
     A step takes its global batch from permutations of the pairs that are a function of (seed, epoch), each pair at most
@@ -172,12 +175,22 @@ class TeacherPairs:
         goes on with what is missing.
 
         Raises:
-            ValueError: images that are not finite.
+            ValueError: images that are not finite; some that were made by other code.
         """
         from rich.progress import track
 
         folder, sampler, made = self.folder(denoiser), self.sampler(denoiser), []
-        own = list(self._files(folder).items())[rank::world_size]
+        files = self._files(folder)
+
+        def images_of(pairs: Sequence[int]) -> Tensor:
+            x_T = self.noise(pairs, denoiser.state_shape).to(device, dtype)
+            shown = denoiser.for_samples(self.noise_key, pairs)
+            return shown.decode_in_parts(sampler(shown, x_T), decode_size)
+
+        # A compiled network would be compiled once more, for so few.
+        if getattr(denoiser, "compile_mode", None) is None:
+            self._check_kept(files, images_of)
+        own = list(files.items())[rank::world_size]
         missing = [(path, chunk) for path, chunk in own if not path.is_file()]
         if not missing:
             return []
@@ -186,9 +199,7 @@ class TeacherPairs:
         for path, chunk in track(missing, steps, disable=rank != 0):
             if told_to_stop():
                 break
-            x_T = self.noise(list(chunk), denoiser.state_shape).to(device, dtype)
-            shown = denoiser.for_samples(self.noise_key, chunk)
-            images = shown.decode_in_parts(sampler(shown, x_T), decode_size)
+            images = images_of(chunk)
             if not images.isfinite().all():
                 raise ValueError(
                     f"The teacher makes images that are not finite, of the pairs {chunk.start} to {chunk.stop - 1}; "
@@ -200,6 +211,24 @@ class TeacherPairs:
                 )
             made.append(path)
         return made
+
+    def _check_kept(self, files: dict[Path, range], images_of: Callable[[Sequence[int]], Tensor]) -> None:
+        """Make a few images again: of the code of a model, and of libraries, a fingerprint says nothing."""
+        for path, chunk in files.items():
+            try:
+                with safe_open(path, "pt") as file:
+                    kept = file.get_slice("images")[:FEW]
+            except (SafetensorError, OSError):  # not made yet; what is damaged, `load` refuses
+                continue
+            again = to_uint8(to_pixels(images_of(chunk[: len(kept)]))).cpu()
+            error = float((again.float() - kept.float()).abs().mean()) if again.shape == kept.shape else 255.0
+            if not error <= LARGEST_ERROR:
+                raise ValueError(
+                    f"The teacher's images in '{path.parent}' are not those that the model makes now: the first ones "
+                    f"differ by {error:.0f} of 255 levels on average. Its code has changed, or that of a library; "
+                    "delete the folder, and they are made anew."
+                )
+            return
 
     def load(self, denoiser: Denoiser) -> TeacherImages:
         """All images, memory-mapped.

@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch import nn
 
 from ddss_lightning.cli import command_line, main
 from ddss_lightning.compare import (
@@ -23,8 +25,8 @@ from ddss_lightning.compare import (
     solver_candidates,
 )
 from ddss_lightning.data import DigitsDataModule
-from ddss_lightning.denoisers import DiffusersDenoiser
-from ddss_lightning.features import RandomFeatures, ResidualFeatures
+from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
+from ddss_lightning.features import ModuleFeatures, RandomFeatures, ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.handmade import SOLVERS
 from ddss_lightning.images import to_pixels
@@ -105,9 +107,7 @@ def test_what_it_writes(finished):
     assert "ConvFeatures (" in table["protocol"]["features"]
     network = ResidualFeatures.from_pretrained(finished[1][-1])
     said = table["protocol"]["judge"]
-    assert said.startswith(
-        f"ResidualFeatures ({network.fingerprint()}), resize none; spacings are chosen by the FID of"
-    )
+    assert said.startswith(f"ResidualFeatures ({network.fingerprint()}); spacings are chosen by the FID of")
     text = (folder / "table.md").read_text()
     assert "| FID | IS | KID |" in text
     assert "| JUDGE FID | JUDGE KID | JUDGE PRECISION |" in text
@@ -210,7 +210,7 @@ def test_the_order_does_not_matter(finished, tmp_path):
         seeds=(3, 4),
         num_images=60,
         selection_images=20,
-        output=tmp_path / "other",
+        output=str(tmp_path / "other"),
     )
     compare(cli.model, cli.datamodule, cli.trainer, settings)
     found, expected = (json.loads((path / "table.json").read_text())["rows"] for path in (tmp_path / "other", folder))
@@ -221,6 +221,38 @@ def test_the_order_does_not_matter(finished, tmp_path):
     assert [by_name(row) for row in found] != [by_name(row) for row in expected]
     assert sorted(found, key=by_name) == sorted(expected, key=by_name)
     assert (tmp_path / "other" / "scores.json").read_bytes() == (folder / "scores.json").read_bytes()
+
+
+class Mine(MixtureDenoiser):
+    """A model of one's own, with settings that JSON gives back as something else."""
+
+    def settings(self):
+        return {"size": (8, 8)}
+
+
+def test_scores_of_another_layer_or_of_other_code_are_not_taken_for_these(features, schedule, tmp_path, monkeypatch):
+    real = torch.cat(list(DigitsDataModule().real_dataloader()))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
+
+    def run(features, **options):
+        denoiser = Mine(real, 0.1, schedule)
+        module = DDSSModule(denoiser, GGDMSampler(schedule, 2), features)
+        settings = Comparison(
+            steps=[2], solvers=["DDIM"], num_images=20, selection_images=10, output=tmp_path, **options
+        )
+        compare(module, DigitsDataModule(eval_batch_size=20), Trainer(accelerator="cpu", logger=False), settings)
+        return rows_of(tmp_path)[0]["fid"]
+
+    def of(layer):
+        return ModuleFeatures(encoder, (1, 8, 8), mean=(0.5,), std=(0.5,), layer=layer)
+
+    first = run(of("1"))
+    assert run(of("1")) == first
+    with pytest.raises(ValueError, match=r"scores of another protocol \(different: features\)"):
+        run(of("2"))
+    monkeypatch.setattr("ddss_lightning.compare.inspect.getsource", lambda cls: "other code")
+    with pytest.raises(ValueError, match=r"scores of another protocol \(different: model\)"):
+        run(of("1"))
 
 
 def test_the_bar_counts_what_is_to_be_done(finished, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from ddss_lightning import (
     InFeatures,
     Interruption,
     KIDLoss,
+    ModuleFeatures,
     NoiseSchedule,
     RandomFeatures,
     SampleLoss,
@@ -871,6 +872,34 @@ def test_learning_rates_of_a_resumed_fit_are_the_module_s(tmp_path):
     for group, rate in zip(optimizer.param_groups, (1e-3, 1e-4), strict=True):
         assert group["betas"] == (0.8, 0.9)
         assert group["lr"] == pytest.approx(rate * schedule.lr_lambdas[0](4))
+
+
+def test_a_resumed_fit_with_another_layer_is_refused(tmp_path):
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Tanh())
+
+    def fit(layer, epochs, ckpt_path=None):
+        module = make()
+        module.features = ModuleFeatures(encoder, [1, 8, 8], mean=(0.5,), std=(0.5,), layer=layer)
+        quality = SampleQuality(dirpath=str(tmp_path / "s"))
+        runner = trainer(tmp_path, epochs, callbacks=[quality])
+        runner.fit(module, data(), ckpt_path=ckpt_path)
+        return runner.checkpoint_callback.best_model_path
+
+    checkpoint = fit("1", 1)
+    fit("1", 2, checkpoint)
+    with pytest.raises(ValueError, match=r"not comparable.*layer 1 instead of .*layer 2"):
+        fit("2", 2, checkpoint)
+
+
+def test_real_images_in_float64_serve_batches_of_the_loss(tmp_path):
+    class Double(DigitsDataModule):
+        def real_images(self):
+            return TensorImages(load_digits_tensors()[0].double())
+
+    module = make(loss=KIDLoss(real="batch"))
+    runner = trainer(tmp_path, 1, enable_checkpointing=False)
+    runner.fit(module, Double(batch_size=16, steps_per_epoch=2, num_val_images=24))
+    assert runner.global_step == 2
 
 
 def test_gradients_that_are_accumulated_later_are_refused(tmp_path):

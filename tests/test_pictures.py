@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import torch
 
-from ddss_lightning.pictures import comparison_figure, enlargement, thumbnails
+from ddss_lightning.pictures import comparison_figure, enlargement, image_grid, thumbnails
 
 
 def test_grids_are_at_most_six_in_a_row_and_titles_do_not_overlap():
@@ -35,3 +35,10 @@ def test_pictures_do_not_grow_with_the_images():
     assert thumbnails(small) is small
     (axes,) = comparison_figure([("a", images)], "title").axes
     assert axes.images[0].get_array().shape == (65, 8 * 33, 3)
+
+
+def test_images_of_any_number_of_channels_can_be_looked_at():
+    levels = torch.linspace(-1, 1, 5).view(1, 5, 1, 1)
+    first = {channels: image_grid(levels[:, :channels])[:, 0, 0].tolist() for channels in (1, 2, 3, 4, 5)}
+    assert first == {1: [0], 2: [32], 3: [0, 64, 128], 4: [0, 64, 128], 5: [0, 64, 128]}
+    comparison_figure([("a", levels[:, :2])], "title").draw_without_rendering()

@@ -3,6 +3,7 @@
 import re
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -430,3 +431,17 @@ def test_an_anchor_by_name_for_models_of_every_kind(model, class_name, init_args
     a, std = sampler.coefficients().marginals()
     assert a[-1].item() == pytest.approx(1, abs=1e-3)
     assert std[-1].item() < 0.01
+
+
+def test_an_option_that_step_does_not_take_is_named():
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler has no option eta of `step`; its options are none"):
+        probe(UniPCMultistepScheduler(), 5, step={"eta": 1.0})
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler has no option eta of `step`; its options are s_churn"):
+        probe(EulerDiscreteScheduler(), 5, step={"eta": 1.0})
+
+
+def test_betas_as_an_array():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    anchors = [DDIMScheduler(trained_betas=each, clip_sample=False) for each in (betas, betas.tolist())]
+    one, other = (GGDMSampler.from_scheduler(each, 5).coefficients() for each in anchors)
+    assert torch.equal(one.mu, other.mu)

@@ -584,3 +584,17 @@ def test_autocast_does_not_round_the_states(sampler):
                 x = scheduler.step(output, t, x, generator=generator).prev_sample
         images.append(x)
     assert torch.equal(*images)
+
+
+def test_numbers_of_another_sampler_beside_the_card_are_refused(tmp_path):
+    shutil.copytree(ROOT / "checkpoints" / "digits-ggdm-5", tmp_path / "mixed")
+    shutil.copy(ROOT / "checkpoints" / "digits-ggdm-10" / "sampler.safetensors", tmp_path / "mixed")
+    with pytest.raises(ValueError, match=r"'sampler.safetensors' and 'sampler.json' do not belong together"):
+        GGDMScheduler.from_pretrained(tmp_path / "mixed")
+
+
+def test_the_only_fit_in_a_folder_is_found_and_unused_arguments_come_back(sampler, tmp_path):
+    sampler.save_pretrained(tmp_path / "version_0" / "sampler")
+    loaded, unused = GGDMScheduler.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
+    assert loaded.num_steps == sampler.num_steps
+    assert unused == {"other": 1}

@@ -184,3 +184,13 @@ def test_images_are_found_again_on_another_processor(pairs, mixture, schedule):
     first, second = (MixtureDenoiser(mixture.means, mixture.std, each) for each in (cosine, shifted))
     assert pairs.sampler(first).config["timesteps"] != pairs.sampler(second).config["timesteps"]
     assert pairs.folder(first) == pairs.folder(second)
+
+
+def test_images_of_a_model_whose_code_has_changed_are_refused(pairs, mixture, monkeypatch):
+    double(pairs, mixture)
+    forward = MixtureDenoiser.forward
+    monkeypatch.setattr(MixtureDenoiser, "forward", lambda self, x, t: forward(self, x, t) * (1 + 1e-6))
+    assert double(pairs, mixture) == []
+    monkeypatch.setattr(MixtureDenoiser, "forward", lambda self, x, t: forward(self, x, t) * 0.9)
+    with pytest.raises(ValueError, match=r"are not those that the model makes now: .* levels on average\. Its code"):
+        double(pairs, mixture)

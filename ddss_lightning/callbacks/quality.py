@@ -95,7 +95,7 @@ def check_judge(judge: FeatureExtractor, module: SamplingModule) -> None:
         ValueError: it takes images of another shape than the model makes, or is the network of learning itself.
     """
     name, shape = module.denoiser.name, module.denoiser.image_shape
-    if judge.image_shape != shape:
+    if tuple(judge.image_shape) != tuple(shape):
         raise ValueError(
             f"The judge takes images of shape {judge.image_shape}, the model '{name}' makes {shape} (channels, height, "
             "width); give a feature network for such images."
@@ -312,7 +312,7 @@ class SampleQuality(Callback):
     def _check_protocol(self, trainer: Trainer, module: SamplingModule) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
         protocol = {
-            "features": f"{type(module.features).__name__} ({module.features.fingerprint()})",
+            "features": module.features.identity(),
             "real images": len(module.real_features()),
             "num_val_images": getattr(datamodule, "num_val_images", None),
             "seed": module.seed,

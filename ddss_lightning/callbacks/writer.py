@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from torch import Tensor
 from ddss_lightning.features.base import finite
 from ddss_lightning.images import to_uint8
 from ddss_lightning.pictures import enlargement, image_grid, save_png
+from ddss_lightning.sampling import SamplingModule
 
 
 class ImageWriter(Callback):
@@ -39,15 +40,20 @@ class ImageWriter(Callback):
         self._grid: list[Tensor] = []
         self._written = self._not_finite = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the folder, or refuse one that is in use, before any work starts.
 
         Raises:
-            ValueError: on all processes: a folder that is in use, or a file.
+            ValueError: on all processes: a folder that is in use, or a file; images that cannot be PNG files.
         """
         self._grid, self._written, self._not_finite = [], 0, 0
         if stage != "predict":
             return
+        channels = cast(SamplingModule, pl_module).denoiser.image_shape[0]
+        if channels not in (1, 3, 4):
+            raise ValueError(
+                f"The model's images have {channels} channels, PNG files 1, 3 or 4; use the sampler from Python."
+            )
         folder = Path(self.output_dir)
         # The first process looks; the others would find what it has made, or wait for it.
         problem = trainer.strategy.broadcast(self._problem(folder) if trainer.is_global_zero else "")

@@ -33,7 +33,7 @@ class FolderImages(Dataset[Tensor]):
 
     Raises:
         ValueError: a number outside its range; the folder is missing or holds no image file; when it is read, a file
-            that is damaged.
+            that is damaged, too large for Pillow, or of numbers of 32 bits, whose range no file says.
     """
 
     def __init__(self, root: str | Path, image_size: int, image_channels: int = 3) -> None:
@@ -56,8 +56,14 @@ class FolderImages(Dataset[Tensor]):
 
         try:
             with Image.open(self.files[index]) as image:
+                # Pillow reads PNG files of 16 bits as `I`, in some of its versions.
+                if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                    raise ValueError(
+                        f"'{self.files[index]}' holds numbers of 32 bits, of which it is not known what is black and "
+                        "what is white; convert it to 8 or 16 bits."
+                    )
                 whole = _opaque(ImageOps.exif_transpose(image)).convert(self.mode)
-        except (OSError, SyntaxError) as error:  # Pillow's words do not say which file
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words do not say which file
             raise ValueError(f"'{self.files[index]}' cannot be read as an image: {error}; remove it.") from error
         side = min(whole.size)
         square = ImageOps.fit(whole, (side, side), Image.Resampling.NEAREST)

@@ -52,6 +52,8 @@ class ModuleFeatures(FeatureExtractor):
         layer: str | None = None,
     ) -> None:
         super().__init__()
+        channels, height, width = image_shape
+        image_shape = (channels, height, width)
         if len(mean) != len(std) or image_shape[0] not in (1, len(mean)):
             raise ValueError(
                 "mean and std must have one number for each channel of the encoder, and images 1 or as many channels; "

@@ -102,7 +102,7 @@ class FeatureExtractor(Frozen, ABC):
             ValueError: they have another shape.
         """
         check_floats(images)
-        if tuple(images.shape[1:]) != self.image_shape:
+        if tuple(images.shape[1:]) != tuple(self.image_shape):
             raise ValueError(
                 f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
                 f"got {tuple(images.shape[1:])}; use a feature network made for such images."
@@ -133,3 +133,10 @@ class FeatureExtractor(Frozen, ABC):
             "resize": self.resize,
             "num_features": self.num_features,
         }
+
+    def identity(self) -> str:
+        """The protocol in a line: `Class (fingerprint)`, and what else there is, as in `, resize tf1 299, layer x`."""
+        protocol = self.protocol()
+        others = [name for name in protocol if name not in ("name", "fingerprint", "num_features")]
+        told = [f", {name} {protocol[name]}" for name in others if protocol[name] not in ("", "none")]
+        return f"{protocol['name']} ({protocol['fingerprint']}){''.join(told)}"

@@ -111,7 +111,7 @@ class InceptionFeatures(FeatureExtractor):
         super().__init__()
         if len(image_shape) != 3 or image_shape[0] not in (1, 3):
             raise ValueError(f"image_shape must be (1 or 3, height, width), got {image_shape}.")
-        self.image_shape, self.num_features = image_shape, 2048
+        self.image_shape, self.num_features = (image_shape[0], image_shape[1], image_shape[2]), 2048
         self._resize: Resize = check_resize(resize)
         self.resize = resize
         network = load_network(find_weights(weights, download), sha256)

@@ -21,15 +21,15 @@ class PixelFeatures(FeatureExtractor):
     Args:
         image_channels: C, at least 1.
         image_size: height = width of the images, a multiple of `size`.
-        size: s; None: that of the images, at most 16.
+        size: s; None: that of the images up to 16 pixels, of larger ones the largest divisor from 8 to 16.
 
     Raises:
-        ValueError: a number below 1, or an image_size that is no multiple of `size`.
+        ValueError: a number below 1, an image_size that is no multiple of `size`, or one without such a divisor.
     """
 
     def __init__(self, image_channels: int = 3, image_size: int = 32, size: int | None = None) -> None:
         super().__init__()
-        size = min(image_size, 16) if size is None else size
+        size = self._default_size(image_size) if size is None else size
         for name, value in {"image_channels": image_channels, "image_size": image_size, "size": size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -41,6 +41,13 @@ class PixelFeatures(FeatureExtractor):
         self.register_buffer("size", torch.tensor(size))
         self._size = size
         self.freeze()
+
+    @staticmethod
+    def _default_size(image_size: int) -> int:
+        divisors = [image_size] if image_size <= 16 else [size for size in range(16, 7, -1) if image_size % size == 0]
+        if not divisors:
+            raise ValueError(f"image_size {image_size} has no divisor from 8 to 16; give `size`, a divisor of it.")
+        return divisors[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, shape (N, C s^2), of images of shape (N, *image_shape) in [-1, 1].

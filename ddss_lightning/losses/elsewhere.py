@@ -57,8 +57,8 @@ class InFeatures(SampleLoss):
         self.loss.fit_target(lambda network: encode_target(network or self.features))
 
     def identity(self) -> str:
-        """With the fingerprint of the network."""
-        return f"InFeatures({self.features.fingerprint()})"
+        """With that of the network."""
+        return f"InFeatures({self.features.identity()})"
 
     def forward(self, samples: Samples) -> Tensor:
         """The loss of the features of `samples.images`.

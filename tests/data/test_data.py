@@ -107,3 +107,18 @@ def test_bad_folders(tmp_path):
         DigitsDataModule(steps_per_epoch=0)
     with pytest.raises(ValueError, match="num_val_images must be at least 2"):
         DigitsDataModule(num_val_images=1)
+
+
+def test_numbers_of_32_bits_are_refused_and_too_large_files_named(tmp_path, monkeypatch):
+    def read(values):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        return list(ImageFolderDataModule(str(tmp_path), image_size=2, image_channels=1).real_dataloader())
+
+    for dtype in (np.float32, np.int32):
+        with pytest.raises(ValueError, match=r"a\.tif' holds numbers of 32 bits"):
+            read(np.ones((2, 2), dtype))
+    (found,) = read(np.full((2, 2), 100 * 257, np.uint16))
+    torch.testing.assert_close(found, torch.full((1, 1, 2, 2), 100 / 127.5 - 1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(ValueError, match=r"a\.tif' cannot be read as an image.*exceeds limit"):
+        read(np.zeros((2, 2), np.uint8))

@@ -5,6 +5,7 @@ from torchvision.models import resnet18
 from torchvision.transforms.functional import normalize, resize
 
 from ddss_lightning.features import ModuleFeatures
+from ddss_lightning.losses import InFeatures, KIDLoss
 from ddss_lightning.metrics import FrechetDistance, ReferenceStatistics
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -86,3 +87,13 @@ def test_bad_arguments(encoder):
         ModuleFeatures(unused, (3, 16, 16), layer="spare")
     with pytest.raises(ValueError, match=r"takes images of shape \(3, 16, 16\)"):
         ModuleFeatures(encoder, (3, 16, 16))(images(1))
+
+
+def test_identity_says_what_scores_depend_on(encoder):
+    last = ModuleFeatures(encoder, [3, 16, 16], 32, layer="layer4")
+    assert last.identity() == f"ModuleFeatures ({last.fingerprint()}), resize bicubic-antialias 32, layer layer4"
+    assert last.image_shape == (3, 16, 16)
+    last.check_input(images())
+    plain = ModuleFeatures(nn.Flatten(), (3, 16, 16))
+    assert plain.identity() == f"ModuleFeatures ({plain.fingerprint()})"
+    assert InFeatures(last, KIDLoss()).identity() == f"InFeatures({last.identity()})"

@@ -37,3 +37,11 @@ def test_bad_arguments():
         PixelFeatures(size=5)
     with pytest.raises(ValueError, match="takes images of shape"):
         PixelFeatures()(torch.zeros(2, 3, 8, 8))
+
+
+def test_the_default_size_divides_that_of_the_images():
+    assert [PixelFeatures(1, size).num_features for size in (7, 16, 24, 28, 32, 48, 50)] == [
+        size**2 for size in (7, 16, 12, 14, 16, 16, 10)
+    ]
+    with pytest.raises(ValueError, match="image_size 31 has no divisor from 8 to 16; give `size`"):
+        PixelFeatures(1, 31)
