@@ -16,13 +16,14 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from ddss_lightning import __version__
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
-from ddss_lightning.callbacks.folder import run_folder
+from ddss_lightning.callbacks.folder import remove_start, run_folder
+from ddss_lightning.callbacks.progress import EpochProgressBar
 from ddss_lightning.commands import COMMANDS
 from ddss_lightning.compare import compare, parse
 from ddss_lightning.data import ImageDataModule
@@ -55,11 +56,22 @@ EXPECTED = (
 
 
 def _schedule(denoiser: Denoiser) -> NoiseSchedule:
+    _check_complete(denoiser)
     return denoiser.schedule
 
 
 def _prediction_type(denoiser: Denoiser) -> str:
+    _check_complete(denoiser)
     return denoiser.prediction_type
+
+
+def _check_complete(denoiser: Denoiser) -> None:
+    for name in ("schedule", "prediction_type"):
+        if not hasattr(denoiser, name):
+            raise ValueError(
+                f"{type(denoiser).__name__} has no attribute `{name}`; a Denoiser sets name, schedule, prediction_type "
+                "and image_shape in its __init__."
+            )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -117,8 +129,11 @@ class SaveConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """A fit that fails before its first score had nothing to lose: its name is free again."""
         scored = any(each.initial for each in trainer.callbacks if isinstance(each, SampleQuality))  # type: ignore[attr-defined]
-        if self.written is not None and trainer.state.fn == "fit" and not trainer.global_step and not scored:
+        if trainer.state.fn != "fit" or trainer.global_step or scored or not trainer.is_global_zero:
+            return
+        if self.written is not None:
             self.written.unlink(missing_ok=True)
+        remove_start(trainer)
 
 
 # Arguments of a sampler that fits every model.
@@ -262,6 +277,10 @@ class DDSSCommandLine(LightningCLI):
             self.config_init["predict"]["return_predictions"] = False
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        every = [*callbacks, *(given if isinstance(given, list) else [given])]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in every):
+            callbacks = [*callbacks, EpochProgressBar()]
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Interruption)]
         return super()._instantiate_trainer(config, callbacks)
@@ -293,6 +312,17 @@ def _makes_new_folders(logger: Any) -> bool:  # noqa: ANN401 - what a recipe may
     return logger in (None, True) or ("version" in options and options["version"] is None)
 
 
+def _check_given(args: list[str]) -> None:
+    """Make sure that there is a recipe, or a model: the parser would name the first of many parts that it lacks.
+
+    Raises:
+        ValueError: neither.
+    """
+    enough = ("-c", "--config", "--denoiser", "-h", "--help", "--version")
+    if args[0] in SUBCOMMANDS and not any(arg.startswith(enough) for arg in args[1:]):
+        raise ValueError(f"`ddss {args[0]}` needs a recipe: -c FILE, such as recipes/digits_5.yaml.")
+
+
 def _check_recipes(args: list[str]) -> None:
     """Find files that are no recipes, which the parser would not name.
 
@@ -316,7 +346,8 @@ def _check_recipes(args: list[str]) -> None:
 
 def _one_line(error: Exception) -> str:
     """The message without line breaks; of the parser's nested report on a wrong value only the innermost part."""
-    message = " ".join(str(error).split())
+    # Of a link between parts the parser names all arguments, such as a whole network.
+    message = re.sub(r".*Call to compute_fn of link .* failed: ", "", " ".join(str(error).split()))
     key, _, report = message.rpartition('Parser key "')[2].partition('": ')
     # A part of the recipe: its class is not there, or does not take these arguments.
     problem = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a <class 'NoneType'>", report)
@@ -375,6 +406,7 @@ def main(args: list[str] | None = None) -> None:
                 settings = dataclasses.replace(settings, judge=cli.quality.judge)
             compare(cli.model, cli.datamodule, cli.trainer, settings)
         else:
+            _check_given(args)
             command_line(args)
         sys.stdout.flush()
     except BrokenPipeError:

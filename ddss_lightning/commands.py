@@ -17,6 +17,8 @@ from ddss_lightning.ggdm import CARD_NAME, WEIGHTS_NAME, GGDMSampler, read_card,
 from ddss_lightning.pictures import mu_figure, save_figure
 from ddss_lightning.scheduler import GGDMScheduler
 
+# Of a sampler whose card says that it is step 0.
+NOTHING_LEARNED = "no step of the fit was better than its start: these are the numbers of the initial solver"
 # The name under which a pipeline's `model_index.json` refers to the copy of `ddss_lightning/scheduler.py`.
 MODULE_NAME = "scheduler.py"
 
@@ -64,6 +66,7 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
 
 def _card(scheduler: GGDMScheduler, card: dict[str, Any]) -> str:
     base_model = card["base_model"].get("name", "the model it was learned for")
+    note = f" ({NOTHING_LEARNED})" if card["scores"].get("training_step") == 0 else ""
     return f"""---
 library_name: diffusers
 tags: [ddss, ggdm, scheduler]
@@ -85,7 +88,7 @@ Without that package: put this folder into the pipeline's as `scheduler/`, write
 `"scheduler": ["scheduler", "GGDMScheduler"]` into its `model_index.json`, and load it with `trust_remote_code=True`,
 which runs `scheduler.py`.
 
-Scores as the sampler's card has them:
+Scores as the sampler's card has them{note}:
 
 ```json
 {json.dumps(card["scores"], indent=2)}
@@ -116,6 +119,8 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
     settings = ", ".join(f"{name} {value}" for name, value in base_model.get("settings", {}).items())
     print(f"learned for: {base_model.get('name', 'unknown')}{f' ({settings})' if settings else ''}")
     print(f"scores: {json.dumps(card['scores'])}")
+    if card["scores"].get("training_step") == 0:
+        print(NOTHING_LEARNED)
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         save_figure(mu_figure(loaded.coefficients()), picture)

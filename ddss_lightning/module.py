@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,6 +38,8 @@ from ddss_lightning.teacher_batches import TeacherBatches
 
 # What else than its weights a denoiser's images depend on, and a fit is not resumed with another of.
 CONDITIONED = ("guidance_scale", "prompts", "image_size", "null_label")
+# So many images say whether a model's lie in the range of pixels; of good ones hardly a value is outside [-2, 2].
+CHECKED_IMAGES, MOST_OUTSIDE = 8, 0.1
 TARGETS = frozenset({"target", "target_features"})
 
 
@@ -251,10 +253,26 @@ class DDSSModule(SamplingModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
+        self._check_range()
         self._teacher_batches = self._load_teacher() if self.needs_teacher else None
         if self._teacher_batches is not None:
             self.loss.fit_target(self._encode_target)
         self._renew_rates()
+
+    @torch.no_grad()
+    def _check_range(self) -> None:
+        """Say so where images leave the range of pixels by far: their pixels are all clamped, and mean little."""
+        if getattr(self.denoiser, "compile_mode", None) is not None:
+            return
+        with self.trainer.precision_plugin.val_step_context():
+            images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
+        outside = float((images.abs() > 2).float().mean())
+        if outside > MOST_OUTSIDE:
+            rank_zero_warn(
+                f"{outside:.0%} of the values of the sampler's images are outside [-2, 2]; pixels end at -1 and 1. "
+                "Little can be learned from them: look at the model's betas, its prediction type and its weights, or "
+                "begin with another solver."
+            )
 
     @property
     def uses_real_batches(self) -> bool:

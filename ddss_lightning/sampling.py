@@ -257,7 +257,7 @@ class SamplingModule(LightningModule):
                 f"Each item of the real images must be one tensor, got a batch of {type(images).__name__}; leave out "
                 "labels."
             )
-        if tuple(images.shape[1:]) != self.denoiser.image_shape:
+        if tuple(images.shape[1:]) != tuple(self.denoiser.image_shape):
             raise ValueError(
                 f"The real images have shape {tuple(images.shape[1:])}, the model '{self.denoiser.name}' makes "
                 f"{self.denoiser.image_shape} (channels, height, width); use data of that shape (an image folder: "
@@ -279,9 +279,10 @@ class SamplingModule(LightningModule):
 
         `noise` is that of the steps, see `unroll`; `denoiser` is that of these samples, see `Denoiser.for_samples`.
         """
-        sampler, denoiser = sampler or self.sampler, denoiser or self.denoiser
-        x_0 = self._last_state(sampler, denoiser, x_T, noise)
-        return to_pixels(denoiser.decode_in_parts(x_0, self.features_batch_size))
+        return to_pixels(self._decoded(x_T, noise, sampler or self.sampler, denoiser or self.denoiser))
+
+    def _decoded(self, x_T: Tensor, noise: Tensor | None, sampler: GGDMSampler, denoiser: Denoiser) -> Tensor:
+        return denoiser.decode_in_parts(self._last_state(sampler, denoiser, x_T, noise), self.features_batch_size)
 
     def _last_state(self, sampler: GGDMSampler, denoiser: Denoiser, x_T: Tensor, noise: Tensor | None) -> Tensor:
         x_T = x_T.to(device=self.device, dtype=self._image_dtype)
@@ -296,11 +297,14 @@ class SamplingModule(LightningModule):
             split: `validation`, `test` or `predict`.
             indices: integers, shape (N,).
         """
+        return to_pixels(self._unclamped(split, indices))
+
+    def _unclamped(self, split: str, indices: Tensor) -> Tensor:
         noisy = self.averaged.uses_noise
         draws = self.averaged.num_steps if noisy else 1
         key, samples = f"{split}/{self.seed}", indices.tolist()
         x_T, noise = held_out_noise(key, samples, self.denoiser.state_shape, draws)
-        return self.generate(x_T, noise if noisy else None, self.averaged, self.denoiser.for_samples(key, samples))
+        return self._decoded(x_T, noise if noisy else None, self.averaged, self.denoiser.for_samples(key, samples))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""

@@ -195,7 +195,7 @@ class TeacherPairs:
         if not missing:
             return []
         folder.mkdir(parents=True, exist_ok=True)
-        steps = f"teacher: {self.num_steps} calls for each of {self.chunk_size} images"
+        steps = f"teacher: {self.num_steps} calls for each of {sum(len(chunk) for _, chunk in missing)} images"
         for path, chunk in track(missing, steps, disable=rank != 0):
             if told_to_stop():
                 break

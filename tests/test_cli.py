@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 
 import ddss_lightning
 from ddss_lightning.callbacks import ImageWriter, SampleQuality
+from ddss_lightning.callbacks.progress import EpochProgressBar
 from ddss_lightning.cli import command_line, main
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.ggdm import GGDMSampler, read_card
@@ -663,3 +665,59 @@ def test_fewer_images_than_processes_are_refused():
     data.trainer = SimpleNamespace(world_size=2, global_rank=1)
     with pytest.raises(ValueError, match="1 images are too few for 2 processes"):
         data.predict_dataloader()
+
+
+def test_a_fit_that_comes_to_nothing_leaves_no_folder(tmp_path, capsys):
+    """The next one has its number; what was there before stays."""
+    (tmp_path / "digits_5" / "version_0").mkdir(parents=True)
+    (tmp_path / "digits_5" / "version_0" / "notes.txt").write_text("mine")
+    wrong = quick("fit", tmp_path, "--model.teacher.num_pairs=4", "--loss=ddss_lightning.TeacherLoss")
+    assert "needs as many teacher pairs" in error_of(capsys, wrong)
+    assert [path.name for path in (tmp_path / "digits_5").iterdir()] == ["version_0"]
+    kept = quick("fit", tmp_path, "--model.teacher.num_pairs=4", "--loss=ddss_lightning.TeacherLoss")
+    error_of(capsys, [*kept, "--trainer.logger.version=0"])
+    assert (tmp_path / "digits_5" / "version_0" / "notes.txt").exists()
+    assert not (tmp_path / "digits_5" / "version_0" / "config.yaml").exists()
+
+
+def test_a_fit_that_learns_nothing_says_so(tmp_path, capsys):
+    with pytest.warns(UserWarning, match="No step was better than the start: the sampler is the initial one"):
+        main(quick("fit", tmp_path, "--model.lr=1.0", "--model.time_lr=0", "--model.warmup_steps=0"))
+    capsys.readouterr()
+    run = str(tmp_path / "digits_5" / "version_0")
+    main(["inspect", run])
+    assert "no step of the fit was better than its start" in capsys.readouterr().out
+    main(["export", run, str(tmp_path / "out")])
+    assert "(no step of the fit was better than its start" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_command_without_a_recipe_and_a_denoiser_without_a_schedule(capsys, tmp_path, monkeypatch):
+    for command in ("fit", "test"):
+        assert f"`ddss {command}` needs a recipe: -c FILE" in error_of(capsys, [command, "--trainer.max_steps=1"])
+    (tmp_path / "forgetful.py").write_text(
+        "import torch, ddss_lightning\n"
+        "class Forgot(ddss_lightning.Denoiser):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.network = torch.nn.Linear(2, 2)\n"
+        "    def forward(self, x_t, timestep):\n"
+        "        return x_t\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = error_of(capsys, quick("fit", tmp_path, "--denoiser=forgetful.Forgot"))
+    assert "Forgot has no attribute `schedule`; a Denoiser sets name, schedule" in found
+    assert "Linear" not in found
+
+
+def test_the_progress_bar_counts_epochs(tmp_path):
+    cli = command_line(["-c", RECIPE, "--trainer.max_steps=23"], run=False)
+    (bar,) = (each for each in cli.trainer.callbacks if isinstance(each, EpochProgressBar))
+    shown = [(23, -1, 10), (20, -1, 10), (-1, -1, 10), (23, 5, 10)]
+    for (max_steps, max_epochs, batches), said in zip(shown, ("0/2", "0/1", "0", "0/4"), strict=True):
+        bar._trainer = SimpleNamespace(max_steps=max_steps, max_epochs=max_epochs, num_training_batches=batches)
+        assert bar._get_train_description(0).split()[1] == said
+    flags = ["--trainer.callbacks=lightning.pytorch.callbacks.TQDMProgressBar"]
+    cli = command_line(["-c", RECIPE, *flags], run=False)
+    assert [type(each).__name__ for each in cli.trainer.callbacks if isinstance(each, ProgressBar)] == [
+        "TQDMProgressBar"
+    ]

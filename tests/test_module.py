@@ -902,6 +902,19 @@ def test_real_images_in_float64_serve_batches_of_the_loss(tmp_path):
     assert runner.global_step == 2
 
 
+def test_images_far_outside_the_range_of_pixels_are_told(tmp_path):
+    """As of a model with other betas or another prediction type: all are clamped."""
+    module = make()
+    forward = module.denoiser.forward
+    module.denoiser.forward = lambda x, t: forward(x, t) * 0.1
+    runner = trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"[3-9]\d% of the values of the sampler's images are outside \[-2, 2\]"):
+        runner.fit(module, data(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*outside.*")
+        trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(make(), data(1))
+
+
 def test_gradients_that_are_accumulated_later_are_refused(tmp_path):
     later = GradientAccumulationScheduler({0: 1, 4: 2})
     runner = trainer(tmp_path, 1, enable_checkpointing=False, callbacks=[later])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from pathlib import Path
 
 from lightning import Trainer
@@ -22,3 +25,18 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(
         trainer.strategy.broadcast(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version))
     )
+
+
+def remove_start(trainer: Trainer) -> None:
+    """Remove the folder of a run that came to nothing, so that the next one has its number; on the first process.
+
+    Only where TensorBoard's logger of this process has made it, and nothing else is in it.
+    """
+    if not isinstance(trainer.logger, TensorBoardLogger):
+        return
+    folder = Path(trainer.logger.log_dir)
+    names = {path.name for path in folder.glob("*")} - {"hparams.yaml"}
+    if names and all(re.fullmatch(rf"events\.out\.tfevents\..*\.{os.getpid()}\.\d+", name) for name in names):
+        # It would write its last events into a folder that is gone.
+        trainer.logger.experiment.close()
+        shutil.rmtree(folder)

@@ -263,7 +263,8 @@ class SampleQuality(Callback):
         self.scores = dict.fromkeys((name for space in self._spaces for name in space.names), math.nan)
         found = f"the sampler makes images that are not finite ({self.num_not_finite} of {self.num_images})"
         if trainer.state.fn == "fit":
-            rank_zero_warn(f"Step {trainer.global_step}: {found}; lower the learning rate. It is not kept.")
+            remedy = "lower the learning rate" if trainer.global_step else "look for NaN in the model's weights"
+            rank_zero_warn(f"Step {trainer.global_step}: {found}; {remedy}. It is not kept.")
         else:
             rank_zero_warn(f"No scores: {found}; look at `print(sampler)` for states that grow out of scale.")
         return self.scores
@@ -452,6 +453,11 @@ class SampleQuality(Callback):
         rank_zero_info(
             f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"
         )
+        if self.best_step == 0 and trainer.global_step:
+            rank_zero_warn(
+                f"No step was better than the start: the sampler is the initial one, nothing was learned (last step: "
+                f"{_line(self.scores)}). Try lower learning rates, more steps, or a larger `num_val_images`."
+            )
 
     def _keep_unscored(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:
         """Without validation the last sampler is all there is."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddss_lightning.features.base import finite
+from ddss_lightning.files import why_no_folder
 from ddss_lightning.images import to_uint8
 from ddss_lightning.pictures import enlargement, image_grid, save_png
 from ddss_lightning.sampling import SamplingModule
@@ -70,6 +71,8 @@ class ImageWriter(Callback):
     def _problem(self, folder: Path) -> str:
         if folder.exists() and not folder.is_dir():
             return "is a file; give another output_dir"
+        if why_no_folder(folder):
+            return "cannot be made or written to; give another output_dir"
         if folder.exists() and any(folder.iterdir()) and not self.overwrite:
             return "is not empty; give another output_dir or overwrite=True"
         return ""

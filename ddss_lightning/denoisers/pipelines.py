@@ -173,6 +173,10 @@ def _load_decoder(path: str, kwargs: dict[str, str]) -> nn.Module | None:
                 path, subfolder=part, low_cpu_mem_usage=False, **kwargs
             )
             return decoder
+        if not index and Path(path, part).is_dir():
+            raise ValueError(
+                f"it has a decoder, '{part}', but no model_index.json that says so; save the pipeline as a whole."
+            )
     return None
 
 

@@ -85,9 +85,9 @@ class DenoiserFeatures(FeatureExtractor):
             denoiser = DiffusersDenoiser.from_pretrained(pretrained_path, null_label)
         except NoNullLabelError as error:
             raise ValueError(
-                f"DenoiserFeatures of '{pretrained_path}': the network has classes; give the null_label that it was "
-                "trained with to these features, too. A network that was trained without one has no features of images "
-                "of any class: leave them out."
+                f"DenoiserFeatures of '{pretrained_path}' (of the recipe's loss `unet`): the network has classes. "
+                "Give these features, too, the null_label that it was trained with, in their init_args. A network that "
+                "was trained without one has no features of images of any class: delete this loss, and its weight."
             ) from error
         return cls(denoiser, logsnr)
 

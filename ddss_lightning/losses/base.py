@@ -79,6 +79,17 @@ class SampleLoss(nn.Module, ABC):
         super().__init__()
         self.terms: dict[str, Tensor] = {}
 
+    def __call__(self, samples: Samples, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as of any module
+        """As of any module.
+
+        Raises:
+            TypeError: something else than `Samples`.
+        """
+        if not isinstance(samples, Samples):
+            needed = ", ".join(f"{name}=..." for name in sorted(self.needs))
+            raise TypeError(f"{type(self).__name__} takes Samples({needed}), got {type(samples).__name__}.")
+        return super().__call__(samples, *args, **kwargs)
+
     def fit_real(self, features: Tensor, encode_real: Callable[[FeatureExtractor], Tensor] | None = None) -> None:
         """Learn what is needed of all real images before the first step.
 

@@ -197,3 +197,8 @@ def test_a_feature_that_hardly_differs_between_real_images_is_left_out():
     assert (slope[:, [0, 3]] != 0).all()
     with pytest.raises(ValueError, match="The features of all 5 real images are the same"):
         loss.fit_real(torch.ones(5, 4))
+
+
+def test_a_loss_says_what_it_takes():
+    with pytest.raises(TypeError, match=r"KIDLoss takes Samples\(features=\.\.\.\), got Tensor"):
+        KIDLoss()(torch.zeros(4, 2))
