@@ -169,6 +169,9 @@ class DDSSModule(SamplingModule):
         self.num_skipped = self.num_skipped_in_a_row = 0
         self._skipped_step = -1
         self._schedule: LambdaLR | None = None
+        # Over which the learning rate decays; and in the fit of a checkpoint that was loaded.
+        self._decay_steps: float | None = None
+        self._loaded_decay_steps: float | None = None
         self._teacher_batches: TeacherBatches | None = None
         # Of a checkpoint, until training starts.
         self._loaded_offsets: Tensor | None = None
@@ -197,7 +200,7 @@ class DDSSModule(SamplingModule):
         """
         self._skipped_step = -1
         if self.trainer.ckpt_path is None and not self.global_step:
-            self._teacher_batches = self._loaded_offsets = None
+            self._teacher_batches = self._loaded_offsets = self._loaded_decay_steps = None
             self.num_skipped = self.num_skipped_in_a_row = 0
             for part in every_loss(self.loss).values():
                 part.restore({})
@@ -588,7 +591,7 @@ class DDSSModule(SamplingModule):
         if self.gauss_newton is not None:
             return SGD(self.sampler.parameters(), lr=1.0)
         optimizer = (FullMatrixAdam if self.full_matrix else Adam)(groups, betas=self.betas)
-        total = max(1.0, float(self.trainer.estimated_stepping_batches))
+        total = self._decay_steps = max(1.0, float(self.trainer.estimated_stepping_batches))
 
         def factor(step: int) -> float:
             cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
@@ -619,8 +622,17 @@ class DDSSModule(SamplingModule):
         schedule = self._schedule
         if schedule is None or schedule not in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
             return
+        if self._loaded_decay_steps not in (None, self._decay_steps):
+            rank_zero_warn(
+                f"The learning rates decay over {self._decay_steps:g} steps, in the fit that is resumed over "
+                f"{self._loaded_decay_steps:g}: the result is not that of a fit without interruption; for that, keep "
+                "max_steps."
+            )
         groups = schedule.optimizer.param_groups
+        before = schedule.base_lrs
         schedule.base_lrs = [self.time_lr if group["name"] == "times" else self.lr for group in groups]
+        if before != schedule.base_lrs:
+            rank_zero_info(f"learning rates: {schedule.base_lrs}, in the fit that is resumed {before}")
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group.update(initial_lr=rate, lr=rate * factor(schedule.last_epoch), betas=self.betas)
 
@@ -648,6 +660,7 @@ class DDSSModule(SamplingModule):
         checkpoint["loss_memory"] = {name: memory for name, memory in memories.items() if memory}
         if (offsets := self.start_noise_offsets) is not None:
             checkpoint["start_noise_offsets"] = offsets
+        checkpoint["decay_steps"] = self._decay_steps
         checkpoint["num_skipped"] = self.num_skipped
         checkpoint["num_skipped_in_a_row"] = self.num_skipped_in_a_row
 
@@ -681,5 +694,6 @@ class DDSSModule(SamplingModule):
             for name, part in losses.items():
                 part.restore(memories.get(name, {}))
             self._teacher_batches, self._loaded_offsets = None, checkpoint.get("start_noise_offsets")
+        self._loaded_decay_steps = checkpoint.get("decay_steps")
         self.num_skipped = checkpoint["num_skipped"]
         self.num_skipped_in_a_row = checkpoint.get("num_skipped_in_a_row", 0)

@@ -867,7 +867,8 @@ def test_learning_rates_of_a_resumed_fit_are_the_module_s(tmp_path):
     """Lower ones are the remedy for a fit that diverged; a checkpoint holds the old ones."""
     trainer(tmp_path, 1).fit(make(lr=1e-2, time_lr=1e-2), data())
     module, runner = make(lr=1e-4, time_lr=1e-3, betas=(0.8, 0.9)), trainer(tmp_path, 2)
-    runner.fit(module, data(), ckpt_path=str(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt"))
+    with pytest.warns(UserWarning, match="decay over 4 steps, in the fit that is resumed over 2: the result is not"):
+        runner.fit(module, data(), ckpt_path=str(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt"))
     (optimizer,), (schedule,) = runner.optimizers, (each.scheduler for each in runner.lr_scheduler_configs)
     for group, rate in zip(optimizer.param_groups, (1e-3, 1e-4), strict=True):
         assert group["betas"] == (0.8, 0.9)
