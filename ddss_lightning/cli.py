@@ -279,7 +279,8 @@ class DDSSCommandLine(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         every = [*callbacks, *(given if isinstance(given, list) else [given])]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in every):
+        wanted = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if wanted and not any(isinstance(each, ProgressBar) for each in every):
             callbacks = [*callbacks, EpochProgressBar()]
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Interruption)]

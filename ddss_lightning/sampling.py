@@ -123,11 +123,11 @@ class SamplingModule(LightningModule):
         self.sampler, self.averaged = sampler, copy.deepcopy(sampler).requires_grad_(False)
 
     def _compare_settings(self, pretrained_path: str | Path, theirs: dict[str, Any] | None) -> None:
-        # As they come back from a card: without tuples.
-        ours = json.loads(json.dumps(self.denoiser.settings()))
         # Cards of older versions say nothing of them.
         if theirs is None:
             return
+        # As they come back from a card: without tuples.
+        ours = json.loads(json.dumps(self.denoiser.settings()))
         changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if changed:
             rank_zero_warn(
