@@ -215,6 +215,7 @@ class DDSSModule(SamplingModule):
                 raise ValueError(f"model.teacher: {error}") from error
         if self.gauss_newton is None:
             self._check_gradients()
+        self._check_range()
 
     def _check_gradients(self) -> None:
         """One call of each network with one image."""
@@ -241,6 +242,21 @@ class DDSSModule(SamplingModule):
                 mine = images.detach().to(network.dtype).requires_grad_()
                 check_gradient(network(mine), type(network).__name__, {"images": mine})
 
+    @torch.no_grad()
+    def _check_range(self) -> None:
+        """Say so where images leave the range of pixels by far: their pixels are all clamped, and mean little."""
+        if getattr(self.denoiser, "compile_mode", None) is not None:
+            return
+        with self.trainer.precision_plugin.val_step_context():
+            images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
+        outside = float((images.abs() > 2).float().mean())
+        if outside > MOST_OUTSIDE:
+            rank_zero_warn(
+                f"{outside:.0%} of the values of the sampler's images are outside [-2, 2]; pixels end at -1 and 1. "
+                "Little can be learned from them: look at the model's betas, its prediction type and its weights, or "
+                "begin with another solver."
+            )
+
     def on_train_start(self) -> None:
         """Give the loss its real features, make the teacher's images that are missing, and set the learning rates.
 
@@ -256,26 +272,10 @@ class DDSSModule(SamplingModule):
                 "gather_features=False gives each process a loss of its own, of which a checkpoint holds one; a loss "
                 "with running moments needs gather_features=True."
             )
-        self._check_range()
         self._teacher_batches = self._load_teacher() if self.needs_teacher else None
         if self._teacher_batches is not None:
             self.loss.fit_target(self._encode_target)
         self._renew_rates()
-
-    @torch.no_grad()
-    def _check_range(self) -> None:
-        """Say so where images leave the range of pixels by far: their pixels are all clamped, and mean little."""
-        if getattr(self.denoiser, "compile_mode", None) is not None:
-            return
-        with self.trainer.precision_plugin.val_step_context():
-            images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
-        outside = float((images.abs() > 2).float().mean())
-        if outside > MOST_OUTSIDE:
-            rank_zero_warn(
-                f"{outside:.0%} of the values of the sampler's images are outside [-2, 2]; pixels end at -1 and 1. "
-                "Little can be learned from them: look at the model's betas, its prediction type and its weights, or "
-                "begin with another solver."
-            )
 
     @property
     def uses_real_batches(self) -> bool:
