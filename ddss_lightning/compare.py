@@ -24,7 +24,6 @@ from torch.utils.tensorboard import SummaryWriter
 from ddss_lightning.callbacks import SampleQuality
 from ddss_lightning.callbacks.quality import check_judge
 from ddss_lightning.data import ImageDataModule
-from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor, load_any
 from ddss_lightning.files import replacing
 from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
@@ -437,7 +436,7 @@ def protocol_of(
     return {**protocol, "judge": f"{judge.identity()}; {chosen}"}
 
 
-def _code(denoiser: Denoiser) -> str:
+def _code(denoiser: object) -> str:
     """Of a class outside this package the source: its scores are others when its `forward` has been mended."""
     try:
         source = inspect.getsource(type(denoiser))

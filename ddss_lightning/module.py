@@ -247,7 +247,7 @@ class DDSSModule(SamplingModule):
         """Say so where images leave the range of pixels by far: their pixels are all clamped, and mean little."""
         if getattr(self.denoiser, "compile_mode", None) is not None:
             return
-        with self.trainer.precision_plugin.val_step_context():
+        with full_precision(self.device.type):
             images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
         outside = float((images.abs() > 2).float().mean())
         if outside > MOST_OUTSIDE:

@@ -22,6 +22,7 @@ from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores, protoc
 from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.images import to_pixels
+from ddss_lightning.module import CHECKED_IMAGES
 from ddss_lightning.noise import held_out_noise, take_turns
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.test_scheduler import tiny_vae
@@ -168,7 +169,8 @@ def test_a_gauss_newton_step_with_classes(guided, features, tmp_path):
     seen = []
     guided.unet.register_forward_hook(lambda _module, arguments, _output: seen.append(len(arguments[0])))
     fitted(module, tmp_path)
-    assert sum(seen) == calls_per_step(module)
+    # Two calls, each of them two evaluations, for the images whose range is looked at.
+    assert sum(seen) == calls_per_step(module) + 2 * 2 * CHECKED_IMAGES
 
 
 def test_held_out_images_and_the_grid_are_of_the_classes_of_their_indices(guided, features, tmp_path):
