@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -402,6 +403,41 @@ def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
 
 
+# Arguments of a sampler that say how a solver places its calls, and their defaults.
+PLACEMENT = {"stride": "linear", "eta": 0.0, "timesteps": None}
+
+
+def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -> str:
+    """For each number of calls the solver of the lowest mean FID, as `sampler.init_args` of a recipe; "" without any.
+
+    Args:
+        rows: of the table, one a sampler, number of calls and seed.
+        candidates: the sampler of each row.
+    """
+    lines = []
+    for nfe in dict.fromkeys(row["nfe"] for row in rows):
+        fids: dict[str, list[float]] = {}
+        solvers: dict[str, Candidate] = {}
+        for row, candidate in zip(rows, candidates, strict=True):
+            if row["nfe"] == nfe and not candidate.folder:
+                fids.setdefault(candidate.name, []).append(math.inf if row["fid"] is None else row["fid"])
+                solvers[candidate.name] = candidate
+        if not fids:
+            continue
+        best = solvers[min(fids, key=lambda name: math.fsum(fids[name]))]
+        config = best.sampler.config
+        anchor = config["anchor"]
+        if isinstance(anchor, dict):
+            # What was read off the scheduler is read off it again.
+            anchor = {name: value for name, value in anchor.items() if name != "coefficients"}
+        placement = {name: config[name] for name, usual in PLACEMENT.items() if config[name] != usual}
+        arguments = {"num_steps": nfe, "anchor": anchor, **placement}
+        text = yaml.safe_dump(arguments, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+        lines.append(f"- {best.name}, {best.spacing}: `{text}`")
+    title = "The best solver for each number of calls, as `init_args` of a recipe's `sampler`, to learn from it:"
+    return "\n".join([title, "", *lines, ""]) if lines else ""
+
+
 def _digits(values: Sequence[float | None]) -> int:
     """Decimals of a column: two, or three figures of its largest value (scores of small features are small)."""
     largest = max((abs(value) for value in values if value), default=1.0)
@@ -602,7 +638,7 @@ def _write(
 ) -> None:
     output = settings.output
     output.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, protocol)
+    text = "\n".join(filter(None, [markdown(rows, protocol), starts(rows, candidates)]))
     with replacing(output / "table.md") as partial:
         partial.write_text(text)
     with replacing(output / "table.json") as partial:

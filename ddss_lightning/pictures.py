@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -122,7 +122,8 @@ def times_figure(steps: Sequence[int], logsnrs: Sequence[Sequence[float]], times
 def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: str = "FID") -> Figure:
     """A score, on a logarithmic axis, against the number of network calls, one line a sampler: the mean over seeds.
 
-    The band goes from the lowest to the highest seed. Learned samplers are bold, solvers pale.
+    The band goes from the lowest to the highest seed. Learned samplers are bold, solvers pale. Of a single number of
+    calls there are no lines: the samplers stand below each other, the lowest score first.
 
     Args:
         rows: each with `sampler`, `nfe`, `spacing` (`learned`, or that of a solver), `seed` and the score, None for no
@@ -134,6 +135,8 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: 
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row[score] is not None]
+    if len({row["nfe"] for row in rows}) == 1:
+        return _dots_figure(rows, score, title)
     names = _names_of_lines(rows)
     bold = {name for row, name in zip(rows, names, strict=True) if row["spacing"] == "learned"}
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -151,12 +154,44 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: 
         # A band has no width at a single number of calls.
         axes.vlines(nfes, low, high, color=style["color"], linewidth=1)
     _label_curves(axes, sorted({row["nfe"] for row in rows}), title)
-    num_seeds = len({row["seed"] for row in rows})
-    if num_seeds > 1:
-        axes.set_title(f"mean, lowest and highest of {num_seeds} seeds", fontsize=8)
+    _tell_seeds(axes, rows)
     if rows:
         figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
+
+
+def _dots_figure(rows: Sequence[Mapping[str, Any]], score: str, title: str) -> Figure:
+    """A sampler a line: the mean over seeds, and a bar from the lowest to the highest."""
+    from matplotlib.figure import Figure
+
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["sampler"], []).append(row[score])
+    bold = {row["sampler"] for row in rows if row["spacing"] == "learned"}
+    names = sorted(values, key=lambda name: np.mean(values[name]))
+    figure = Figure(figsize=(7.5, 1.2 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        mean, style = float(np.mean(values[name])), _style(0, name in bold)
+        axes.plot(mean, place, **style)
+        axes.hlines(place, min(values[name]), max(values[name]), color=style["color"], linewidth=1)
+        axes.annotate(
+            f"{mean:.3g}", (max(values[name]), place), (8, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    _log_ticks(axes, "x")
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 60) for name in names], fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"{title}, {rows[0]['nfe']} network calls")
+    axes.grid(alpha=0.3)
+    _tell_seeds(axes, rows)
+    return figure
+
+
+def _tell_seeds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    num_seeds = len({row["seed"] for row in rows})
+    if num_seeds > 1:
+        axes.set_title(f"mean, lowest and highest of {num_seeds} seeds", fontsize=8)
 
 
 def _names_of_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -178,13 +213,19 @@ def _style(index: int, bold: bool) -> dict[str, Any]:
     return {"color": pale, "marker": "sv^DxP*"[index % 7], "linewidth": 1.2, "markersize": 4, "zorder": 2}
 
 
-def _label_curves(axes: Axes, nfes: Sequence[int], title: str) -> None:
+def _log_ticks(axes: Axes, name: Literal["x", "y"]) -> None:
+    """A logarithmic axis with numbers as one writes them."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label_curves(axes: Axes, nfes: Sequence[int], title: str) -> None:
+    _log_ticks(axes, "y")
     axes.set_xticks(nfes)
     axes.set_xlabel("network calls")
     axes.set_ylabel(title)

@@ -11,11 +11,14 @@ import time
 
 import pytest
 import torch
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning.pytorch import Trainer
 from torch import nn
 
 from ddss_lightning.cli import command_line, main
 from ddss_lightning.compare import (
+    Candidate,
     Comparison,
     Scores,
     compare,
@@ -23,17 +26,19 @@ from ddss_lightning.compare import (
     markdown,
     parse,
     solver_candidates,
+    starts,
 )
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
 from ddss_lightning.features import ModuleFeatures, RandomFeatures, ResidualFeatures
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.handmade import SOLVERS
+from ddss_lightning.handmade import SOLVERS, solver_samplers
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import curves_figure
+from ddss_lightning.schedule import NoiseSchedule
 from tests.conftest import FEATURES, ROOT
 
 RECIPE = str(ROOT / "recipes" / "digits_5.yaml")
@@ -121,6 +126,45 @@ def test_scores_are_the_metric_on_the_test_noise(finished, denoiser, features, j
     assert row["fid"] == pytest.approx(fid_of(sampler, 4, denoiser, features), rel=1e-5)
     second = ResidualFeatures.from_pretrained(judge)
     assert row["judge_fid"] == pytest.approx(fid_of(sampler, 4, denoiser, second), rel=1e-5)
+
+
+def test_the_best_solver_is_told_as_the_start_of_a_recipe(finished, denoiser, features):
+    rows = [row for row in rows_of(finished[0]) if not row["sampler"].startswith("learned")]
+    for nfe in (2, 5):
+        fids = {name: [row["fid"] for row in rows if (row["sampler"], row["nfe"]) == (name, nfe)] for name in SOLVERS}
+        best = min((name for name, values in fids.items() if values), key=lambda name: sum(fids[name]))
+        arguments = start_of(finished[0] / "table.md", best, nfe)
+        sampler = GGDMSampler(denoiser.schedule, learn=(), prediction_type="epsilon", **arguments)
+        assert [fid_of(sampler, seed, denoiser, features) for seed in (3, 4)] == pytest.approx(fids[best], rel=1e-5)
+
+
+def start_of(table, solver, nfe):
+    """The line of `table.md` on this solver, as arguments."""
+    lines = [each for each in table.read_text().splitlines() if each.startswith(f"- {solver}, ")]
+    (arguments,) = [each for line in lines if (each := yaml.safe_load(line.split("`")[1]))["num_steps"] == nfe]
+    return arguments
+
+
+def test_starts_of_all_kinds_are_read_back_and_samplers_from_disk_are_none(denoiser, tmp_path):
+    """A diffusers class with options, a formula with a stride, and times of a flow model; the lowest mean wins."""
+    kinds = [
+        ("UniPC 3", "quadratic", denoiser.schedule, "epsilon"),
+        ("DDPM", "quadratic", denoiser.schedule, "epsilon"),
+    ]
+    flow = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    kinds += [("DDIM", "shift 3", flow, "flow_prediction")]
+    for name, spacing, schedule, prediction_type in kinds:
+        samplers = dict(solver_samplers(name, schedule, prediction_type, 4))
+        worse = Candidate("Heun", 4, "linspace", samplers[spacing])
+        learned = Candidate("mine", 4, "learned", samplers[spacing], "folder")
+        candidates = [learned, worse, Candidate(name, 4, spacing, samplers[spacing]), worse]
+        rows = [{"nfe": 4, "fid": fid} for fid in (0.1, 1.0, 2.0, None)]
+        path = tmp_path / "table.md"
+        path.write_text(starts(rows, candidates))
+        assert "Heun" not in path.read_text()
+        again = GGDMSampler(schedule, learn=(), prediction_type=prediction_type, **start_of(path, name, 4))
+        assert again.coefficients().to_lists() == samplers[spacing].coefficients().to_lists()
+    assert starts(rows[:1], candidates[:1]) == ""
 
 
 def test_any_encoder_of_the_recipe_judges_and_the_flag_goes_before_it(finished, tmp_path, denoiser, judge):
@@ -513,8 +557,21 @@ def test_curves_show_the_mean_and_the_band_of_the_seeds():
         assert x.get_zorder() > ddim.get_zorder()
 
 
+def test_of_one_number_of_calls_the_lowest_mean_stands_first():
+    rows = [row_of("DDIM", 5, fid, "linear", seed) for seed, fid in enumerate((20.0, 40.0))]
+    rows += [row_of("x", 5, fid, seed=seed) for seed, fid in enumerate((4.0, 6.0))]
+    rows += [row_of("none", 5, 1.0) | {"fid": None}]
+    (axes,) = curves_figure(rows).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "DDIM"]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[5.0], [30.0]]
+    spans = [[tuple(point) for point in each.get_segments()[0]] for each in axes.collections]
+    assert spans == [[(4.0, 0), (6.0, 0)], [(20.0, 1), (40.0, 1)]]
+    assert [text.get_text() for text in axes.texts] == ["5", "30"]
+    assert axes.get_ylim() == (1.5, -0.5)  # the first one on top
+
+
 def test_sixteen_solvers_are_told_apart_by_colour_and_marker():
-    (axes,) = curves_figure([row_of(name, 5, 1.0, "linear") for name in SOLVERS]).axes
+    (axes,) = curves_figure([row_of(name, nfe, 1.0, "linear") for name in SOLVERS for nfe in (5, 10)]).axes
     looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
     assert len(looks) == len(SOLVERS) == 16
 
