@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -25,7 +25,7 @@ from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, S
 from ddss_lightning.callbacks.folder import remove_start, run_folder
 from ddss_lightning.callbacks.progress import EpochProgressBar
 from ddss_lightning.commands import COMMANDS
-from ddss_lightning.compare import compare, parse
+from ddss_lightning.compare import Comparison, compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
@@ -33,6 +33,7 @@ from ddss_lightning.ggdm import GGDMSampler, saved_sampler
 from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.suggestions import suggestion
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "compare", *COMMANDS)
 PARTS = ("denoiser", "sampler", "features", "loss", "model", "data", "trainer", "quality", "pictures", "images")
@@ -161,6 +162,22 @@ class DDSSCommandLine(LightningCLI):
     def quality(self) -> SampleQuality:
         """The callback that scores and keeps the best sampler."""
         return next(each for each in self.trainer.callbacks if isinstance(each, SampleQuality))  # type: ignore[attr-defined]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """As Lightning's; of an unknown option, with the one that was probably meant.
+
+        Raises:
+            ValueError: arguments that the parser refuses.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
+            options = {flag[2:] for each in parsers for flag in each._option_string_actions if flag.startswith("--")}
+            if len(parsers) == 1:  # of `ddss compare`, which has taken its own flags already
+                options |= {field.name for field in dataclasses.fields(Comparison)}
+            message = _one_line(error)
+            raise ValueError(f"{message}{suggestion(message, sorted(options))}") from error
 
     def setup_parser(self, add_subcommands: bool, *options: Any) -> None:  # noqa: ANN401
         """As Lightning's; but without a subcommand, too, the `config.yaml` of a run is a recipe."""

@@ -264,7 +264,12 @@ def error_of(capsys, arguments):
             "no/such",
         ),
         (["--no_such_flag=1"], "no_such_flag"),
-        (["--sampler.anchr=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'anchr' is not accepted"),
+        (["--modle.lr=1"], "unrecognized arguments: --modle.lr=1; did you mean --model.lr? ("),
+        (["--model.bach_size=8"], "--model.bach_size=8; did you mean --model.batch_size? ("),
+        (["--config={tmp_path}/option.yaml"], "'trainer.max_step'; did you mean trainer.max_steps? ("),
+        (["--denoiser.pretraind=x"], "Option 'pretraind' is not accepted; did you mean pretrained_path? ("),
+        (["--sampler.anchr=ddim"], "Option 'anchr' is not accepted; did you mean anchor? ("),
+        (["--sampler.xyz=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'xyz' is not accepted ("),
         (["--config={tmp_path}/typo.yaml"], "loss: 'ddss_lightning.KIDLos': module 'ddss_lightning' has no attribute"),
         (["--data=ddss_lightning.ImageFolderDataModule"], "the following arguments are required: root, image_size"),
         (["--data.root=x"], "data: 'ddss_lightning.DigitsDataModule': Option 'root' is not accepted"),
@@ -280,6 +285,7 @@ def error_of(capsys, arguments):
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, flags, message):
     (tmp_path / "typo.yaml").write_text("loss: {class_path: ddss_lightning.KIDLos}\n")
+    (tmp_path / "option.yaml").write_text("trainer: {max_step: 3}\n")
     flags = [flag.format(tmp_path=tmp_path) for flag in flags]
     assert message in error_of(capsys, quick("fit", tmp_path, *flags))
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "schedule": set(),
     "coefficients": set(),
     "signals": set(),
+    "suggestions": set(),
     "features": {"denoisers", "files", "frozen"},
     "losses": {"features", "frozen"},
     "metrics": {"features", "files", "losses", "precision"},
@@ -83,6 +84,7 @@ ALLOWED = {
         "losses",
         "module",
         "schedule",
+        "suggestions",
     },
 }
 LIGHTNING = {"signals", "sampling", "module", "callbacks", "data", "compare", "cli", "__main__"}
