@@ -89,8 +89,11 @@ def _opaque(image: Image) -> Image:
     from PIL import Image as Images
 
     if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow's own conversion cuts at 255.
-        return Images.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        levels = np.asarray(image).astype(np.float64)
+        # Pillow's own conversion cuts at 255, and knows no transparent level.
+        pixels = (levels / 257).round().clip(0, 255).astype(np.uint8)
+        pixels[levels == image.info.get("transparency", -1)] = 255
+        return Images.fromarray(pixels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image)

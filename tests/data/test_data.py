@@ -58,6 +58,8 @@ def test_files_that_are_not_plain(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.array([[0, 257], [257 * 100, 65535]], np.uint16)).save(path)
     torch.testing.assert_close(read(1)[0, 0], torch.tensor([[0.0, 1], [100, 255]]) / 127.5 - 1)
+    Image.open(path).save(path, transparency=257 * 100)
+    torch.testing.assert_close(read(1)[0, 0], torch.tensor([[0.0, 1], [255, 255]]) / 127.5 - 1)
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)
     Image.fromarray(pixels, "RGBA").save(path)
