@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +19,8 @@ from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddss_lightning import __version__
 from ddss_lightning.callbacks import ImageWriter, Interruption, SampleQuality, SamplerPictures
@@ -369,10 +371,12 @@ def _one_line(error: Exception) -> str:
     key, _, report = message.rpartition('Parser key "')[2].partition('": ')
     # A part of the recipe: its class is not there, or does not take these arguments.
     problem = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a <class 'NoneType'>", report)
+    value = re.search(r"(?:Got|Given) value: (\S+)", report)
+    if problem and value and problem[1].endswith("Sequence'>"):
+        return f"{key}: expected a list, such as [{value[1]}], got {value[1]}."
     if problem and not re.search("(Given|Got) value", problem[1]):
         return f"{key}: {problem[1]}"
     expected = re.search(r"Expected an? (?:typing\.)?(.*?)(?:\. Got value| - Expected| Given value)", report)
-    value = re.search(r"(?:Got|Given) value: (\S+)", report)
     if 'Parser key "' not in message or not expected or not value:
         ours = re.search(r"Union subtypes .* Errors: - (.*?) - Expected a <class 'NoneType'>", message)
         return ours[1] if ours else message
@@ -407,7 +411,10 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
 
 
 def main(args: list[str] | None = None) -> None:
-    """Console entry point. Bad input ends with one line on standard error and exit status 1, Ctrl+C with 130."""
+    """Console entry point.
+
+    Bad input ends with one line on standard error and exit status 1, Ctrl+C with 130, SIGTERM with 143.
+    """
     args = sys.argv[1:] if args is None else args
     try:
         if not args or not (args[0] in SUBCOMMANDS or args[0].startswith("-")):
@@ -431,11 +438,15 @@ def main(args: list[str] | None = None) -> None:
         # Whoever read has seen enough, as in `ddss inspect DIR | head`; what is left would be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning makes status 1, that of bad input, of Ctrl+C.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        # Lightning makes status 1, that of bad input, of Ctrl+C, and none of SIGTERM while it validates or tests.
+        told = isinstance(error, SIGTERMException) and error.code is None
+        if isinstance(error, SystemExit) and not told and not isinstance(error.__context__, KeyboardInterrupt):
             raise
+        if told and getattr(rank_zero_only, "rank", False):
+            # One process speaks for all: its launcher kills the main process when another one ends with an error.
+            raise SystemExit(0) from None
         print(f"ddss: interrupted; {GO_ON.get(args[0], 'the same command starts again')}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (signal.SIGTERM if told else signal.SIGINT)) from None
     except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
-from ddss_lightning.files import replacing
+from ddss_lightning.files import replacing, why_no_folder
 from ddss_lightning.ggdm import CARD_NAME, WEIGHTS_NAME, GGDMSampler, read_card, saved_sampler
 from ddss_lightning.pictures import mu_figure, save_figure
 from ddss_lightning.scheduler import GGDMScheduler
@@ -37,7 +37,7 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
         overwrite: replace files that are already there.
 
     Raises:
-        ValueError: no sampler, a damaged one, or one of these files in `output` and `overwrite` is false.
+        ValueError: no sampler, a damaged one, no folder, or one of these files in it and `overwrite` is false.
     """
     source, folder = saved_sampler(sampler), Path(output)
     loaded = GGDMSampler.from_pretrained(source)
@@ -45,6 +45,8 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
         warnings.warn(f"The sampler in '{source}' is no good one: {problem}.", stacklevel=2)
     scheduler = GGDMScheduler.from_sampler(loaded, base_model=read_card(source)["base_model"].get("name"))
     names = (GGDMScheduler.config_name, MODULE_NAME, "README.md", CARD_NAME, WEIGHTS_NAME)
+    if problem := why_no_folder(folder):
+        raise ValueError(f"output: {problem}.")
     present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(f"'{folder}' already holds {', '.join(present)}; give another folder or --overwrite=true.")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -493,6 +493,18 @@ def _digest(datamodule: ImageDataModule) -> str:
     return digest.hexdigest()[:16]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without usage, and without an end of the process: a wrong value is an error like others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message}; see `ddss compare --help`.")
+
+
 # Flags of the other commands that `ddss compare` has its own for.
 NOT_HERE = {
     "--pretrained_sampler": "--samplers FOLDER",
@@ -508,9 +520,9 @@ def parse(args: list[str]) -> tuple[list[str], Comparison, list[str]]:
     """The recipes of `ddss compare`, what is compared, and the other flags, which override the recipes.
 
     Raises:
-        ValueError: a flag that would have no effect; see `Comparison`, too.
+        ValueError: a wrong value, no recipe, a flag that would have no effect; see `Comparison`, too.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ddss compare",
         description="Score solvers and learned samplers of the model of a recipe on the same noise. Further flags, "
         "such as --trainer.devices=2 --trainer.strategy=ddp, override the recipe. Interrupted, it goes on where it "

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -21,7 +22,7 @@ from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, 
 from ddss_lightning.files import fetch_from_hub, is_hub_name, replacing
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
-from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
 from ddss_lightning.solvers import Solver, Stride, first_timestep, magnitude, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
@@ -97,6 +98,14 @@ class GGDMSampler(nn.Module):
         if parametrization not in get_args(Parametrization):
             raise ValueError(
                 f"Unknown parametrization '{parametrization}'; choose one of {', '.join(get_args(Parametrization))}."
+            )
+        try:
+            num_steps = int(operator.index(num_steps))
+        except TypeError:
+            raise ValueError(f"num_steps must be a whole number, got {num_steps!r}.") from None
+        if hasattr(anchor, "set_timesteps"):
+            raise ValueError(
+                f"anchor: to start from a {type(anchor).__name__} use GGDMSampler.from_scheduler(scheduler, num_steps)."
             )
         imported = isinstance(anchor, Mapping)
         known = [name for name in DEGREES if name != "logsnr" or (parametrization == "anchored" and not imported)]
@@ -526,10 +535,8 @@ def _source(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
 def _changed_options(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
     """The options of a scheduler that are not its class's defaults."""
     defaults = {name: each.default for name, each in inspect.signature(type(scheduler).__init__).parameters.items()}
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {
-        name: value for name, value in config.items() if name not in defaults or _plain(value) != _plain(defaults[name])
-    }
+    config = own_config(scheduler)
+    return {name: value for name, value in config.items() if _plain(value) != _plain(defaults.get(name))}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddss_lightning.coefficients import SANE_IMAGE, Coefficients, PredictionType, without_rounding
-from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
 from ddss_lightning.unroll import unroll
 
 # Of a hand-made sampler: noise left in the image, and the weights of state and output in the first predicted image.
@@ -83,7 +83,7 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"anchor: {anchor['class_path']} could not be made: {error}") from error
     # One for networks that predict a flow may still step along its betas.
-    by_betas = hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
+    by_betas = hasattr(scheduler, "alphas_cumprod") and not own_config(scheduler).get("use_flow_sigmas")
     other = schedule.scaling == "flow" and by_betas
     if other and not given & {"use_flow_sigmas"}:
         raise ValueError(
@@ -193,7 +193,7 @@ def probe(
             "DDPMScheduler with the same betas."
         )
     for option in NONLINEAR_OPTIONS:
-        if scheduler.config.get(option):
+        if own_config(scheduler).get(option):
             raise NotAGGDMError(
                 f"{name} with {option}=True is not linear and has no coefficients; make it with {option}=False. "
                 "Images are clamped after sampling."
@@ -308,7 +308,7 @@ def _check_shift(scheduler: Any) -> None:  # noqa: ANN401
     Raises:
         ValueError: the network would be shown times of other noise.
     """
-    config = scheduler.config
+    config = own_config(scheduler)
     if config.get("use_flow_sigmas") or config.get("use_dynamic_shifting") or config.get("shift", 1.0) != 1:
         raise ValueError(
             f"{type(scheduler).__name__} places its calls along the flow by a shift of its noise levels, and would "
@@ -345,7 +345,7 @@ def _place(scheduler: Any, timesteps: Sequence[int]) -> None:  # noqa: ANN401
     own: Any = scheduler.timesteps
     sigmas: Any = getattr(scheduler, "sigmas", ())
     one_by_one = len(own) == len(timesteps) == len(sigmas) - 1
-    if not one_by_one or not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+    if not one_by_one or not hasattr(scheduler, "alphas_cumprod") or own_config(scheduler).get("use_flow_sigmas"):
         raise ValueError(
             f"{type(scheduler).__name__} takes no timesteps; leave them out, or use a scheduler whose set_timesteps "
             "takes them, such as DPMSolverMultistepScheduler."
@@ -411,7 +411,7 @@ NUMBERS = {each.name for each in dataclasses.fields(Coefficients)} - {"prior"}
 
 def is_learned(scheduler: Any) -> bool:  # noqa: ANN401
     """Whether it is a `GGDMScheduler`, or the copy of one that travels with a model: its configuration says all."""
-    return all(name in scheduler.config for name in NUMBERS)
+    return own_config(scheduler).keys() >= NUMBERS
 
 
 def _own_numbers(

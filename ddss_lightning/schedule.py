@@ -6,6 +6,7 @@ lambda_t = log(alpha_t / sigma_t), strictly decreasing in t.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -75,7 +76,7 @@ class NoiseSchedule(nn.Module):
         Raises:
             ValueError: none of these, `alphas_cumprod` that do not decrease between 1 and 0, or time the other way.
         """
-        config = dict(getattr(scheduler, "config", {}))
+        config = own_config(scheduler)
         if config.get("logsnrs"):
             table = (config["logsnrs"], config.get("schedule_timesteps") or range(len(config["logsnrs"])))
             logsnrs, timesteps = (torch.tensor(list(values), dtype=torch.float64) for values in table)
@@ -170,9 +171,22 @@ class NoiseSchedule(nn.Module):
         return self
 
 
+def own_config(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers has no common base
+    """The options of a scheduler that its class has.
+
+    `from_config` of another scheduler's configuration keeps what the class does not take, such as the `clip_sample` of
+    most saved pipelines, in `scheduler.config`, where it has no effect.
+    """
+    config = dict(getattr(scheduler, "config", {}))
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    if not hasattr(scheduler, "from_config") or any(each.kind == each.VAR_KEYWORD for each in parameters.values()):
+        return config
+    return {name: value for name, value in config.items() if name in parameters}
+
+
 def scheduler_prediction_type(scheduler: Any) -> str:  # noqa: ANN401 - diffusers has no common base
     """What a network must predict for a diffusers scheduler, in the words of `prediction_pair`."""
-    config = scheduler.config
+    config = own_config(scheduler)
     predicts = config.get("prediction_type")
     if predicts is None and "shift" in config:
         return "flow_prediction"

@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 import subprocess
@@ -269,6 +270,7 @@ def error_of(capsys, arguments):
         (["--config={tmp_path}/option.yaml"], "'trainer.max_step'; did you mean trainer.max_steps? ("),
         (["--denoiser.pretraind=x"], "Option 'pretraind' is not accepted; did you mean pretrained_path? ("),
         (["--sampler.anchr=ddim"], "Option 'anchr' is not accepted; did you mean anchor? ("),
+        (["--sampler.learn=mu"], "learn: expected a list, such as [mu], got mu. ("),
         (["--sampler.xyz=ddim"], "sampler: 'ddss_lightning.GGDMSampler': Option 'xyz' is not accepted ("),
         (["--config={tmp_path}/typo.yaml"], "loss: 'ddss_lightning.KIDLos': module 'ddss_lightning' has no attribute"),
         (["--data=ddss_lightning.ImageFolderDataModule"], "the following arguments are required: root, image_size"),
@@ -583,6 +585,29 @@ def test_ctrl_c_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
             assert said in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def test_sigterm_while_it_tests_has_its_status(tmp_path, capsys, monkeypatch):
+    """Lightning ends without any, as if all were done."""
+    step = SamplingModule.test_step
+
+    def told(module, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, *arguments)
+
+    monkeypatch.setattr(SamplingModule, "test_step", told)
+    handler = signal.getsignal(signal.SIGTERM)
+    parts = ["--data.num_test_images=40", "--data.eval_batch_size=10"]
+    comparison = ["compare", "-c", RECIPE, "--steps=2", "--solvers=DDIM", "--num_images=40", "--selection_images=2"]
+    for command, said in (
+        (quick("test", tmp_path, *parts), "ddss: interrupted; the same command starts again"),
+        ([*comparison, f"--output={tmp_path / 'out'}", parts[1]], "ddss: interrupted; the same command goes on with"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 143
+        assert said in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_damaged_last_checkpoint_is_told(tmp_path, capsys):

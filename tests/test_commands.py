@@ -136,6 +136,7 @@ def test_where_the_sampler_is(fits):
     ("args", "message"),
     [
         (["export"], "required: sampler, output"),
+        (["export", SAMPLER, str(ROOT / "LICENSE")], "LICENSE' is no folder, for"),
         (["export", "nowhere", "x"], "There is no folder 'nowhere'"),
         (["inspect", str(ROOT / "recipes")], "neither 'sampler.json' nor 'sampler/sampler.json' is there"),
         (["inspect", SAMPLER, "--colour=red"], "colour"),

@@ -433,6 +433,7 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
         (["--data.eval_batch_size=0"], "eval_batch_size must be at least 1, got 0"),
         (["--judge", "nowhere"], "No feature network in 'nowhere': there is no such folder"),
         (["--judge", FEATURES], "The judge is the feature network of learning (dc2320f1a18d7978); give another one"),
+        (["--steps", "a"], "argument --steps: invalid int value: 'a'; see `ddss compare --help`"),
         (["--num_image", "6"], "did you mean --num_images?"),
         (["--samplers", f"DDIM={SAMPLER}"], "is the name of a solver; give another label"),
     ],

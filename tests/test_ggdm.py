@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 from safetensors.torch import load, load_file, save, save_file
 
 from ddss_lightning.coefficients import prediction_pair
@@ -175,6 +175,12 @@ def test_damaged_folders(tmp_path, schedule):
     [
         ({"num_steps": 0}, "num_steps must be between 1 and the 1000 steps of the noise schedule, got 0"),
         ({"num_steps": 1001}, "got 1001"),
+        ({"num_steps": 2.5}, "num_steps must be a whole number, got 2.5"),
+        ({"num_steps": "3"}, "num_steps must be a whole number, got '3'"),
+        (
+            {"anchor": UniPCMultistepScheduler()},
+            r"to start from a UniPCMultistepScheduler use GGDMSampler.from_scheduler\(scheduler",
+        ),
         ({"anchor": "heun"}, "Unknown anchor 'heun'"),
         ({"learn": ("mu", "sigma")}, "learn: 'sigma' does not exist in the anchored parametrisation"),
         ({"learn": ("logsnr",), "parametrization": "ggdm"}, "'logsnr' does not exist in the ggdm"),

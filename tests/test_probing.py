@@ -1,5 +1,6 @@
 """Every explicit, linear diffusers scheduler is a GGDM, and what is not gets told why."""
 
+import inspect
 import re
 
 import diffusers
@@ -8,7 +9,10 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -21,6 +25,7 @@ from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.noise import draw_noise
 from ddss_lightning.probing import NotAGGDMError, build_scheduler, probe, rollout_error, run_scheduler, scheduler_steps
 from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.scheduler import GGDMScheduler
 from ddss_lightning.unroll import noises_used
 
 # Processors round float32 differently: 5.2e-7 was seen, elsewhere 4e-7.
@@ -357,6 +362,36 @@ def test_one_step_samplers_look_at_their_own_noise_alone(scheduler, step):
     coefficients = probe(scheduler, 6, step=step)
     assert not coefficients.past_noise.any()
     assert noises_used(coefficients) == [slice(min(k, 5), min(k + 1, 5)) for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        UniPCMultistepScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, DEISMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+    ],
+)  # fmt: skip
+def test_what_a_scheduler_carries_of_another_configuration_is_not_its_own(cls, tmp_path):
+    """`from_config` of a saved pipeline's scheduler keeps `clip_sample`, which its class does not know."""
+    DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path)
+    scheduler = cls.from_config(DDPMScheduler.from_pretrained(tmp_path).config)
+    assert scheduler.config["clip_sample"]
+    expected = cls(**{name: scheduler.config[name] for name in inspect.signature(cls).parameters})
+    assert probe(scheduler, 5).to_lists() == probe(expected, 5).to_lists()
+    sampler = GGDMSampler.from_scheduler(scheduler, 5)
+    assert "clip_sample" not in sampler.config["anchor"].get("init_args", {})
+    # Its own option counts.
+    with pytest.raises(NotAGGDMError, match="clip_sample=True is not linear"):
+        probe(DDIMScheduler.from_config(scheduler.config), 5)
+
+
+def test_a_solver_made_from_a_learned_scheduler_s_configuration_is_the_solver(schedule):
+    learned_sampler = GGDMSampler(schedule, 5)
+    learned = GGDMScheduler.from_sampler(learned_sampler)
+    scheduler = EulerDiscreteScheduler.from_config({**learned.config, "beta_schedule": "linear"})
+    assert scheduler.config["logsnrs"]
+    assert probe(scheduler, 5).to_lists() == probe(EulerDiscreteScheduler(), 5).to_lists()
+    assert torch.equal(probe(GGDMScheduler.from_config(learned.config), 5).mu, learned_sampler.coefficients().mu)
 
 
 def test_a_sampler_that_is_not_linear_does_not_pass():

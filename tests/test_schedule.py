@@ -9,10 +9,12 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     KarrasVeScheduler,
+    UniPCMultistepScheduler,
 )
 
-from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -58,6 +60,19 @@ def test_matches_tells_schedules_apart(schedule):
 def test_a_cast_keeps_the_table(schedule):
     again = NoiseSchedule(schedule.table).to(torch.bfloat16)
     assert torch.equal(again.table, schedule.table)
+
+
+def test_what_a_scheduler_carries_of_another_kind_says_nothing_of_its_own():
+    flow = FlowMatchEulerDiscreteScheduler.from_config(DDPMScheduler(prediction_type="v_prediction").config)
+    assert scheduler_prediction_type(flow) == "flow_prediction"
+    assert NoiseSchedule.from_scheduler(flow).scaling == "flow"
+    of_flow = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction").config
+    with_betas = HeunDiscreteScheduler.from_config({**of_flow, "prediction_type": "epsilon"})
+    assert NoiseSchedule.from_scheduler(with_betas).scaling == "vp"
+    rescaled = DDIMScheduler(rescale_betas_zero_snr=True).config
+    heun = HeunDiscreteScheduler.from_config(rescaled)  # knows no such option
+    plain = HeunDiscreteScheduler()
+    assert torch.equal(NoiseSchedule.from_scheduler(heun).table, NoiseSchedule.from_scheduler(plain).table)
 
 
 def test_flow_matching_is_alpha_plus_sigma_equal_to_1():
