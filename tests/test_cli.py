@@ -682,12 +682,15 @@ def test_an_output_folder_in_use_is_refused_by_all_processes(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     strategy = SimpleNamespace(broadcast=lambda problem: problem or "is not empty; give another output_dir")
     grey, pairs = (SimpleNamespace(denoiser=SimpleNamespace(image_shape=(channels, 8, 8))) for channels in (1, 2))
+    alone = SimpleNamespace(strategy=SimpleNamespace(broadcast=str), is_global_zero=True)
     for first in (True, False):
         runner = SimpleNamespace(strategy=strategy, is_global_zero=first)
         with pytest.raises(ValueError, match="is not empty"):
             ImageWriter(str(tmp_path)).setup(runner, grey, "predict")
         with pytest.raises(ValueError, match="images have 2 channels, PNG files 1, 3 or 4"):
             ImageWriter(str(tmp_path / "new")).setup(runner, pairs, "predict")
+    with pytest.raises(ValueError, match=r"mine.txt/out' cannot be made or written to; give another output_dir"):
+        ImageWriter(str(tmp_path / "mine.txt" / "out")).setup(alone, grey, "predict")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -1,6 +1,7 @@
 import types
 
 import pytest
+import rich.progress
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from safetensors.torch import save_file
@@ -56,7 +57,10 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(pairs, mixture, monkeyp
         pairs.load(mixture)
     monkeypatch.setattr("ddss_lightning.teacher.save_file", save)
     names = ["00000004-00000008.safetensors", "00000008-00000010.safetensors"]
+    told, track = [], rich.progress.track
+    monkeypatch.setattr("rich.progress.track", lambda files, what, **kw: told.append(what) or track(files, what, **kw))
     assert [path.name for path in double(pairs, mixture)] == names
+    assert told == ["teacher: 8 calls for each of 6 images"]
     assert double(pairs, mixture) == []
     whole = TeacherPairs(num_pairs=10, num_steps=8, chunk_size=4, cache_dir=str(tmp_path / "whole"))
     double(whole, mixture)

@@ -399,7 +399,10 @@ def test_images_that_are_not_finite_give_no_score_and_end_nothing(tmp_path):
     module.on_validation_epoch_end = lambda: scores.append((quality.num_not_finite, dict(quality.scores)))
     datamodule = data()
     datamodule.eval_batch_size = 10
-    with pytest.warns(UserWarning, match=r"Step 2: .* not finite \(1 of 24\); lower the learning rate. It is not kept"):
+    with (
+        pytest.warns(UserWarning, match=r"Step 0: .* not finite \(1 of 24\); look for NaN in the model's weights"),
+        pytest.warns(UserWarning, match=r"Step 2: .* not finite \(1 of 24\); lower the learning rate. It is not kept"),
+    ):
         trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False).fit(module, datamodule)
     both = {"fid", "kid", "precision", "recall", "density", "coverage"}
     names = both | {"is"} | {f"judge_{name}" for name in both}

@@ -269,6 +269,14 @@ def latent_folder(tmp_path_factory):
     return str(folder)
 
 
+def test_a_decoder_that_no_index_names_is_not_left_out(latent_folder, tmp_path):
+    """The sampler would be scored by latents."""
+    shutil.copytree(latent_folder, tmp_path / "m")
+    (tmp_path / "m" / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=r"it has a decoder, 'vqvae', but no model_index\.json that says so"):
+        DiffusersDenoiser.from_pretrained(str(tmp_path / "m"))
+
+
 def test_a_latent_model_makes_the_images_of_its_pipeline(latent_folder):
     pipeline = LDMPipeline.from_pretrained(latent_folder)
     pipeline.set_progress_bar_config(disable=True)
