@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -99,17 +100,35 @@ class SaveConfig(SaveConfigCallback):
         """
         if not trainer.loggers:
             return
-        checkpoint, folder = self.config.get("ckpt_path"), run_folder(trainer)
-        if checkpoint:
-            self.overwrite |= folder.resolve() in Path(checkpoint).resolve().parents
-        held = not self.overwrite and (folder / self.config_filename).exists()
         # All processes stop, or none.
-        if trainer.strategy.broadcast(held):
-            go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
-            raise ValueError(f"'{folder}' holds a run; {go_on}give another --trainer.logger.version.")
+        if held := trainer.strategy.broadcast(self._held(trainer, stage)):
+            raise ValueError(held)
+        folder = run_folder(trainer)
         if not self.overwrite or stage != "fit":
             self._write(trainer, pl_module, stage)
             self.written = folder / self.config_filename if trainer.is_global_zero else None
+
+    def refuse_early(self, trainer: Trainer, stage: str) -> None:
+        """As `setup`, before loggers are touched: that of CSV deletes the rows of the run that is there.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
+        # Of processes that others have started, none may leave alone.
+        alone = trainer.world_size == 1 or (trainer.strategy.launcher is not None and trainer.is_global_zero)
+        with_folder = isinstance(trainer.logger, (CSVLogger, TensorBoardLogger))
+        if alone and with_folder and (held := self._held(trainer, stage)):
+            raise ValueError(held)
+
+    def _held(self, trainer: Trainer, stage: str) -> str:
+        """What to say if the folder holds another run."""
+        checkpoint, folder = self.config.get("ckpt_path"), run_folder(trainer)
+        if checkpoint:
+            self.overwrite |= folder.resolve() in Path(checkpoint).resolve().parents
+        if self.overwrite or not (folder / self.config_filename).exists():
+            return ""
+        go_on = "go on with it by --ckpt_path=last, or " if stage == "fit" else ""
+        return f"'{folder}' holds a run; {go_on}give another --trainer.logger.version."
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the recipe of a run that goes on."""
@@ -254,6 +273,9 @@ class DDSSCommandLine(LightningCLI):
         super().instantiate_classes()
         if checkpoint == "last":
             self._go_on()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig):
+                callback.refuse_early(self.trainer, str(self.subcommand))
         if folder:
             learn = self.model.sampler.config["learn"] if self.subcommand == "fit" else ()
             self.model.load_sampler(saved_sampler(folder), learn)

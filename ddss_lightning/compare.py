@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -31,6 +33,7 @@ from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
 from ddss_lightning.handmade import SOLVERS, NoSuchCallsError, solver_samplers
 from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure, thumbnails
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.signals import agreed, noted
 
 GRID_IMAGES = 64
 DEFAULT_SOLVERS = ("DDPM", "DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC 3")
@@ -253,6 +256,7 @@ class Scorer:
         settings: numbers of images, seeds.
         judge: a second feature network for the same images.
         advance: is told how many network calls were made.
+        told_to_stop: is asked after each score, on every process.
     """
 
     def __init__(
@@ -264,7 +268,9 @@ class Scorer:
         settings: Comparison,
         judge: FeatureExtractor | None,
         advance: Callable[[int], None],
+        told_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.told_to_stop = told_to_stop
         self.module, self.datamodule, self.trainer, self.scores = module, datamodule, trainer, scores
         self.seeds = settings.seeds
         self.num_images = {"test": settings.num_images, "validation": settings.selection_images}
@@ -313,6 +319,9 @@ class Scorer:
             if self.trainer.is_global_zero:
                 self.scores.put(key, cell)
             self.scores.cells[key] = cell
+            # In its last batch, and while metrics are computed, Lightning does not listen.
+            if self.told_to_stop():
+                raise SIGTERMException
         return self.scores.cells[key]
 
     def best(self, placements: Sequence[Candidate]) -> Candidate:
@@ -403,10 +412,6 @@ def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
 
 
-# Arguments of a sampler that say how a solver places its calls, and their defaults.
-PLACEMENT = {"stride": "linear", "eta": 0.0, "timesteps": None}
-
-
 def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -> str:
     """For each number of calls the solver of the lowest mean FID, as `sampler.init_args` of a recipe; "" without any.
 
@@ -430,11 +435,15 @@ def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -
         if isinstance(anchor, dict):
             # What was read off the scheduler is read off it again.
             anchor = {name: value for name, value in anchor.items() if name != "coefficients"}
-        placement = {name: config[name] for name, usual in PLACEMENT.items() if config[name] != usual}
-        arguments = {"num_steps": nfe, "anchor": anchor, **placement}
+        # All of them, with what may be learned: laid over a recipe, what is left out would be the recipe's.
+        placement = {name: config[name] for name in ("stride", "eta", "timesteps")}
+        arguments = {"num_steps": nfe, "anchor": anchor, **placement, "learn": None}
         text = yaml.safe_dump(arguments, default_flow_style=True, sort_keys=False, width=math.inf).strip()
         lines.append(f"- {best.name}, {best.spacing}: `{text}`")
-    title = "The best solver for each number of calls, as `init_args` of a recipe's `sampler`, to learn from it:"
+    title = (
+        "The best solver for each number of calls, as `init_args` of a recipe's `sampler`, to learn from it (`learn: "
+        "null`: all but `pred`):"
+    )
     return "\n".join([title, "", *lines, ""]) if lines else ""
 
 
@@ -595,11 +604,23 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
     rows, chosen = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # One long average: the time left must not jump with the batch size or between samplers.
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not trainer.is_global_zero, speed_estimate_period=600
-    ) as progress:
+    with (
+        noted(signal.SIGTERM) as received,
+        Progress(
+            *columns, console=Console(stderr=True), disable=not trainer.is_global_zero, speed_estimate_period=600
+        ) as progress,
+    ):
         bar = progress.add_task("comparing")
-        scorer = Scorer(module, datamodule, trainer, scores, settings, judge, lambda n: progress.advance(bar, n))
+        scorer = Scorer(
+            module,
+            datamodule,
+            trainer,
+            scores,
+            settings,
+            judge,
+            lambda n: progress.advance(bar, n),
+            lambda: agreed(trainer, bool(received)),
+        )
         # What is on disk already takes no time: it is not in the total.
         left = [scorer.calls(contender) for contender in found]
         progress.update(bar, total=sum(left))

@@ -128,13 +128,15 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: 
     Args:
         rows: each with `sampler`, `nfe`, `spacing` (`learned`, or that of a solver), `seed` and the score, None for no
             point. Learned samplers without a label, named `learned (...)`, are one line if there is one for each number
-            of calls.
+            of calls. A sampler that has no score with one of the seeds has no point at that number of calls.
         score: its name in the rows.
         title: of its axis.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row[score] is not None]
+    # As in the table: there is no mean where one of the seeds has no score.
+    without = {(row["sampler"], row["nfe"]) for row in rows if row[score] is None}
+    rows = [row for row in rows if (row["sampler"], row["nfe"]) not in without]
     if len({row["nfe"] for row in rows}) == 1:
         return _dots_figure(rows, score, title)
     names = _names_of_lines(rows)
@@ -153,6 +155,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str = "fid", title: 
         axes.fill_between(nfes, low, high, color=style["color"], alpha=0.15, linewidth=0)
         # A band has no width at a single number of calls.
         axes.vlines(nfes, low, high, color=style["color"], linewidth=1)
+    _log_ticks(axes, "y", min((row[score] for row in rows), default=1.0))
     _label_curves(axes, sorted({row["nfe"] for row in rows}), title)
     _tell_seeds(axes, rows)
     if rows:
@@ -178,7 +181,7 @@ def _dots_figure(rows: Sequence[Mapping[str, Any]], score: str, title: str) -> F
         axes.annotate(
             f"{mean:.3g}", (max(values[name]), place), (8, 0), textcoords="offset points", va="center", fontsize=8
         )
-    _log_ticks(axes, "x")
+    _log_ticks(axes, "x", min(row[score] for row in rows))
     axes.margins(x=0.12)
     axes.set_yticks(range(len(names)), [textwrap.fill(name, 60) for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -213,10 +216,12 @@ def _style(index: int, bold: bool) -> dict[str, Any]:
     return {"color": pale, "marker": "sv^DxP*"[index % 7], "linewidth": 1.2, "markersize": 4, "zorder": 2}
 
 
-def _log_ticks(axes: Axes, name: Literal["x", "y"]) -> None:
-    """A logarithmic axis with numbers as one writes them."""
+def _log_ticks(axes: Axes, name: Literal["x", "y"], lowest: float) -> None:
+    """A logarithmic axis with numbers as one writes them, unless there are some that it does not have."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    if lowest <= 0:
+        return
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -225,7 +230,6 @@ def _log_ticks(axes: Axes, name: Literal["x", "y"]) -> None:
 
 
 def _label_curves(axes: Axes, nfes: Sequence[int], title: str) -> None:
-    _log_ticks(axes, "y")
     axes.set_xticks(nfes)
     axes.set_xlabel("network calls")
     axes.set_ylabel(title)

@@ -172,16 +172,17 @@ class NoiseSchedule(nn.Module):
 
 
 def own_config(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers has no common base
-    """The options of a scheduler that its class has.
+    """The options of a scheduler that its class has, or one that it is made from.
 
     `from_config` of another scheduler's configuration keeps what the class does not take, such as the `clip_sample` of
     most saved pipelines, in `scheduler.config`, where it has no effect.
     """
     config = dict(getattr(scheduler, "config", {}))
-    parameters = inspect.signature(type(scheduler).__init__).parameters
-    if not hasattr(scheduler, "from_config") or any(each.kind == each.VAR_KEYWORD for each in parameters.values()):
+    if not hasattr(scheduler, "from_config"):
         return config
-    return {name: value for name, value in config.items() if name in parameters}
+    makers = [vars(cls)["__init__"] for cls in type(scheduler).__mro__[:-1] if "__init__" in vars(cls)]
+    known = {name for maker in makers for name in inspect.signature(maker).parameters}
+    return {name: value for name, value in config.items() if name in known}
 
 
 def scheduler_prediction_type(scheduler: Any) -> str:  # noqa: ANN401 - diffusers has no common base

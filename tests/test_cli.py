@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -588,26 +589,57 @@ def test_ctrl_c_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
 
 
 def test_sigterm_while_it_tests_has_its_status(tmp_path, capsys, monkeypatch):
-    """Lightning ends without any, as if all were done."""
-    step = SamplingModule.test_step
+    """Lightning ends without any, as if all were done, in the last batch, and where it predicts, it goes on."""
 
-    def told(module, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(module, *arguments)
+    def tell_in(name):
+        step = getattr(SamplingModule, name)
 
-    monkeypatch.setattr(SamplingModule, "test_step", told)
+        def told(module, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return step(module, *arguments)
+
+        monkeypatch.setattr(SamplingModule, name, told)
+
+    tell_in("test_step")
+    tell_in("predict_step")
     handler = signal.getsignal(signal.SIGTERM)
     parts = ["--data.num_test_images=40", "--data.eval_batch_size=10"]
     comparison = ["compare", "-c", RECIPE, "--steps=2", "--solvers=DDIM", "--num_images=40", "--selection_images=2"]
     for command, said in (
         (quick("test", tmp_path, *parts), "ddss: interrupted; the same command starts again"),
-        ([*comparison, f"--output={tmp_path / 'out'}", parts[1]], "ddss: interrupted; the same command goes on with"),
+        ([*comparison, f"--output={tmp_path / 'out'}", parts[1]], "the same command goes on with what is missing"),
+        (
+            [*comparison, f"--output={tmp_path / 'two'}", "--seeds", "0", "1"],
+            "ddss: interrupted; the same command goes on",
+        ),
+        (
+            quick("predict", tmp_path, f"--images.output_dir={tmp_path / 'images'}"),
+            "starts again with --images.overwrite",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(command)
         assert stopped.value.code == 143
         assert said in capsys.readouterr().err
+    # What was finished when the signal came is kept.
+    kept = json.loads((tmp_path / "two" / "scores.json").read_text())["cells"]
+    assert [key.split(" | ")[3] for key in kept if "test/" in key] == ["test/0"]
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("second", [(), ("TensorBoardLogger",)], ids=str)
+def test_a_refused_fit_leaves_the_rows_of_the_one_that_is_there(tmp_path, capsys, second):
+    """CSVLogger deletes them as soon as it is asked for its file."""
+    where = {"save_dir": str(tmp_path), "name": "csv", "version": "a"}
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": where} for name in ("CSVLogger", *second)
+    ]
+    command = ["fit", "-c", RECIPE, *QUICK, f"--trainer.logger={json.dumps(loggers)}"]
+    main(command)
+    rows = (tmp_path / "csv" / "a" / "metrics.csv").read_text()
+    assert rows
+    assert "holds a run; go on with it by --ckpt_path=last" in error_of(capsys, command)
+    assert (tmp_path / "csv" / "a" / "metrics.csv").read_text() == rows
 
 
 def test_a_damaged_last_checkpoint_is_told(tmp_path, capsys):

@@ -134,8 +134,28 @@ def test_the_best_solver_is_told_as_the_start_of_a_recipe(finished, denoiser, fe
         fids = {name: [row["fid"] for row in rows if (row["sampler"], row["nfe"]) == (name, nfe)] for name in SOLVERS}
         best = min((name for name, values in fids.items() if values), key=lambda name: sum(fids[name]))
         arguments = start_of(finished[0] / "table.md", best, nfe)
-        sampler = GGDMSampler(denoiser.schedule, learn=(), prediction_type="epsilon", **arguments)
+        sampler = GGDMSampler(denoiser.schedule, prediction_type="epsilon", **arguments)
         assert [fid_of(sampler, seed, denoiser, features) for seed in (3, 4)] == pytest.approx(fids[best], rel=1e-5)
+
+
+def test_the_start_can_be_laid_over_a_recipe(tmp_path, denoiser):
+    """Whatever that says of strides and of what is learned."""
+    for name, spacing in (("UniPC 3", "quadratic"), ("DDIM", "linear")):
+        sampler = dict(solver_samplers(name, denoiser.schedule, "epsilon", 5))[spacing]
+        path = tmp_path / "table.md"
+        path.write_text(starts([{"nfe": 5, "fid": 1.0}], [Candidate(name, 5, spacing, sampler)]))
+        recipe = tmp_path / "start.yaml"
+        recipe.write_text(yaml.safe_dump({"sampler": {"init_args": start_of(path, name, 5)}}))
+        made = command_line(["-c", RECIPE, "-c", str(recipe)], run=False).model.sampler
+        assert_same_steps(made, sampler)
+        assert made.config["learn"] == ["mu", "nu", "std", "time", *(["logsnr"] if name == "DDIM" else [])]
+
+
+def assert_same_steps(sampler, other):
+    """But for what noise there would be, where its amount is learned."""
+    mine, theirs = (vars(each.coefficients().detach()) for each in (sampler, other))
+    for name in ("mu", "nu", "std", "pred", "timesteps"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-9, atol=1e-9)
 
 
 def start_of(table, solver, nfe):
@@ -162,8 +182,8 @@ def test_starts_of_all_kinds_are_read_back_and_samplers_from_disk_are_none(denoi
         path = tmp_path / "table.md"
         path.write_text(starts(rows, candidates))
         assert "Heun" not in path.read_text()
-        again = GGDMSampler(schedule, learn=(), prediction_type=prediction_type, **start_of(path, name, 4))
-        assert again.coefficients().to_lists() == samplers[spacing].coefficients().to_lists()
+        again = GGDMSampler(schedule, prediction_type=prediction_type, **start_of(path, name, 4))
+        assert_same_steps(again, samplers[spacing])
     assert starts(rows[:1], candidates[:1]) == ""
 
 
@@ -570,6 +590,19 @@ def test_of_one_number_of_calls_the_lowest_mean_stands_first():
     assert spans == [[(4.0, 0), (6.0, 0)], [(20.0, 1), (40.0, 1)]]
     assert [text.get_text() for text in axes.texts] == ["5", "30"]
     assert axes.get_ylim() == (1.5, -0.5)  # the first one on top
+
+
+@pytest.mark.parametrize("nfes", [(5,), (5, 10)], ids=str)
+def test_scores_below_zero_are_drawn_and_those_of_a_part_of_the_seeds_are_not(nfes):
+    """Of small sets an unbiased distance can be; a mean over some of the seeds would look better than it is."""
+    rows = [
+        row_of(name, nfe, fid, seed=seed) for nfe in nfes for name, fid in (("x", -0.5), ("y", 1.0)) for seed in (0, 1)
+    ]
+    rows += [row_of("z", nfe, 0.1) for nfe in nfes] + [row_of("z", nfe, 1.0, seed=1) | {"fid": None} for nfe in nfes]
+    (axes,) = curves_figure(rows).axes
+    drawn = [line.get_xdata() if len(nfes) == 1 else line.get_ydata() for line in axes.lines]
+    assert sorted(float(values[0]) for values in drawn) == [-0.5, 1.0]
+    assert (axes.get_xscale() if len(nfes) == 1 else axes.get_yscale()) == "linear"
 
 
 def test_sixteen_solvers_are_told_apart_by_colour_and_marker():

@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddss_lightning.schedule import NoiseSchedule, scheduler_prediction_type
+from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -73,6 +73,26 @@ def test_what_a_scheduler_carries_of_another_kind_says_nothing_of_its_own():
     heun = HeunDiscreteScheduler.from_config(rescaled)  # knows no such option
     plain = HeunDiscreteScheduler()
     assert torch.equal(NoiseSchedule.from_scheduler(heun).table, NoiseSchedule.from_scheduler(plain).table)
+
+
+def test_options_that_a_subclass_sets_are_its_own():
+    class Velocity(DDIMScheduler):
+        def __init__(self, num_train_timesteps=1000):
+            super().__init__(num_train_timesteps, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+    class Flow(FlowMatchEulerDiscreteScheduler):
+        def __init__(self):
+            super().__init__(shift=3.0)
+
+    class Any(DDIMScheduler):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+
+    assert scheduler_prediction_type(Velocity()) == "v_prediction"
+    expected = NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+    assert torch.equal(NoiseSchedule.from_scheduler(Velocity()).table, expected.table)
+    assert NoiseSchedule.from_scheduler(Flow()).scaling == scheduler_prediction_type(Flow()).partition("_")[0] == "flow"
+    assert own_config(Any(clip_sample=False)).keys() == own_config(DDIMScheduler()).keys()
 
 
 def test_flow_matching_is_alpha_plus_sigma_equal_to_1():

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from ddss_lightning.features.base import finite
@@ -79,7 +80,7 @@ class ImageWriter(Callback):
 
     def on_predict_batch_end(  # noqa: D102 - Lightning's hook
         self,
-        trainer: Trainer,  # noqa: ARG002
+        trainer: Trainer,
         pl_module: LightningModule,  # noqa: ARG002
         outputs: Tensor,
         batch: Any,  # noqa: ANN401
@@ -93,6 +94,9 @@ class ImageWriter(Callback):
         missing = self.columns**2 - sum(len(images) for images in self._grid)
         self._grid.append(outputs[good][: max(0, missing)].cpu())
         self._written += int(good.sum())
+        # As Lightning does where it validates and tests, but not here.
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The grid of the first images of the first process, and where everything is.

@@ -294,7 +294,8 @@ class DiffusersDenoiser(Denoiser):
         nothing, scale = self._nothing(x_t), self.guidance_scale
         if self.shown is None and scale is not None:
             raise ValueError(
-                f"The model '{self.name}' is to show conditions: say of which samples with `for_samples(key, indices)`."
+                f"The model '{self.name}' is to show conditions: call what `for_samples(key, indices)` returns, which "
+                "shows those of these samples."
             )
         if self.shown is None or scale is None or scale == 0:
             return self._call(x_t, timestep, nothing)
