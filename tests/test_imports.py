@@ -71,6 +71,7 @@ ALLOWED = {
         "handmade",
         "pictures",
         "sampling",
+        "signals",
     },
     "__main__": {"cli"},
     "cli": {

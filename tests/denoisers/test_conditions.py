@@ -133,7 +133,7 @@ def test_wrong_guidance(guided, denoiser):
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0"):
             DiffusersDenoiser(guided.unet, guided.schedule, null_label=1, guidance_scale=scale)
-    with pytest.raises(ValueError, match="say of which samples"):
+    with pytest.raises(ValueError, match="call what `for_samples"):
         guided(torch.zeros(2, 1, 8, 8), torch.zeros(2))
 
 
