@@ -415,6 +415,8 @@ def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
 def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -> str:
     """For each number of calls the solver of the lowest mean FID, as `sampler.init_args` of a recipe; "" without any.
 
+    One that has no score with one of the seeds is none.
+
     Args:
         rows: of the table, one a sampler, number of calls and seed.
         candidates: the sampler of each row.
@@ -427,9 +429,10 @@ def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -
             if row["nfe"] == nfe and not candidate.folder:
                 fids.setdefault(candidate.name, []).append(math.inf if row["fid"] is None else row["fid"])
                 solvers[candidate.name] = candidate
-        if not fids:
+        totals = {name: math.fsum(values) for name, values in fids.items() if math.isfinite(math.fsum(values))}
+        if not totals:
             continue
-        best = solvers[min(fids, key=lambda name: math.fsum(fids[name]))]
+        best = solvers[min(totals, key=lambda name: totals[name])]
         config = best.sampler.config
         anchor = config["anchor"]
         if isinstance(anchor, dict):
