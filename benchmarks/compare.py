@@ -20,9 +20,11 @@ from typing import Any
 from report import environment, write
 
 import ddss_lightning.callbacks.quality as quality_file
-import ddss_lightning.compare as compare_file
+import ddss_lightning.compare.candidates as candidates_file
+import ddss_lightning.compare.run as compare_file
 import ddss_lightning.sampling as module_file
 from ddss_lightning.cli import command_line
+from ddss_lightning.compare import parse
 from ddss_lightning.ggdm import GGDMSampler
 
 NETWORKS = ("denoiser", "feature network")
@@ -70,7 +72,7 @@ def main() -> None:
 
     flags = ["-c", "recipes/digits_5.yaml", "--steps", "5", "10", "20", "--samplers", *LEARNED]
     flags += [f"--{name}={getattr(options, name)}" for name in ("num_images", "selection_images", "output")]
-    recipes, settings, others = compare_file.parse(flags)
+    recipes, settings, others = parse(flags)
     cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)
 
     clock = Clock()
@@ -83,8 +85,8 @@ def main() -> None:
     clock.watch("metrics: of the real images", quality_file.FeatureSpace, "__init__")
     clock.watch("metrics: update", quality_file.FeatureSpace, "update")
     clock.watch("metrics: compute", quality_file.MetricCollection, "compute")
-    clock.watch("solvers read from diffusers", compare_file, "solver_candidates")
-    clock.watch("tables and pictures", compare_file, "_write")
+    clock.watch("solvers read from diffusers", candidates_file, "solver_candidates")
+    clock.watch("tables and pictures", compare_file, "write")
     clock.watch("rest: Trainer, loaders, scores on disk", compare_file, "compare")
     start = time.perf_counter()
     compare_file.compare(cli.model, cli.datamodule, cli.trainer, settings)

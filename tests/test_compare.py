@@ -17,17 +17,10 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from ddss_lightning.cli import command_line, main
-from ddss_lightning.compare import (
-    Candidate,
-    Comparison,
-    Scores,
-    compare,
-    learned_candidates,
-    markdown,
-    parse,
-    solver_candidates,
-    starts,
-)
+from ddss_lightning.compare import Comparison, compare, parse
+from ddss_lightning.compare.candidates import Candidate, learned_candidates, solver_candidates
+from ddss_lightning.compare.report import markdown, starts
+from ddss_lightning.compare.scores import Scores
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
 from ddss_lightning.features import ModuleFeatures, RandomFeatures, ResidualFeatures
@@ -315,7 +308,7 @@ def test_scores_of_another_layer_or_of_other_code_are_not_taken_for_these(featur
     assert run(of("1")) == first
     with pytest.raises(ValueError, match=r"scores of another protocol \(different: features\)"):
         run(of("2"))
-    monkeypatch.setattr("ddss_lightning.compare.inspect.getsource", lambda cls: "other code")
+    monkeypatch.setattr("ddss_lightning.compare.protocol.inspect.getsource", lambda cls: "other code")
     with pytest.raises(ValueError, match=r"scores of another protocol \(different: model\)"):
         run(of("1"))
 
@@ -346,7 +339,7 @@ def test_the_bar_counts_what_is_to_be_done(finished, tmp_path, monkeypatch):
             # One process: the batches add up to what was announced.
             assert completed is None or completed == self.done
 
-    monkeypatch.setattr("ddss_lightning.compare.Progress", Bar)
+    monkeypatch.setattr("ddss_lightning.compare.run.Progress", Bar)
     flags = ["--solvers", "Heun", "--samplers", SAMPLER, "--seeds", "3", "4"]
     main(command(tmp_path / "out", "--steps", "2", "5", *flags))
     # Six spacings of Heun's method on 20 images; two samplers and two seeds on 60; nothing at 2 calls.

@@ -18,7 +18,11 @@ from ddss_lightning import (
     TeacherPairs,
     WeightedSum,
 )
-from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores, protocol_of
+from ddss_lightning.compare import Comparison
+from ddss_lightning.compare.candidates import Candidate
+from ddss_lightning.compare.protocol import protocol_of
+from ddss_lightning.compare.scorer import Scorer
+from ddss_lightning.compare.scores import Scores
 from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.images import to_pixels

@@ -22,7 +22,10 @@ from lightning.pytorch import Trainer
 from torch._dynamo.testing import CompileCounter
 
 from ddss_lightning import DDSSModule, DigitsDataModule, SamplingModule, TeacherPairs
-from ddss_lightning.compare import Candidate, Comparison, Scorer, Scores
+from ddss_lightning.compare import Comparison
+from ddss_lightning.compare.candidates import Candidate
+from ddss_lightning.compare.scorer import Scorer
+from ddss_lightning.compare.scores import Scores
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.noise import held_out_noise

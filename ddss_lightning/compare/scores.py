@@ -1,0 +1,47 @@
+"""The scores of a comparison on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ddss_lightning.files import replacing
+
+# Scores by name; None, and the number of images under `not_finite`, where a sampler made images that are not finite.
+Cell = dict[str, float | None]
+
+
+class Scores:
+    """Scores on disk, so that what is finished is never computed again. Each write replaces the file at once."""
+
+    def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
+        # As it comes back from the file: without tuples.
+        self.path, self.protocol = path, json.loads(json.dumps(protocol))
+        self.cells: dict[str, Cell] = {}
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text())
+                known, cells = dict(stored["protocol"]), dict(stored["cells"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"The scores in '{path}' are damaged ({error}); delete the file, or give another --output."
+                ) from error
+            if known != self.protocol:
+                keys = dict.fromkeys([*self.protocol, *known])
+                changed = [key for key in keys if known.get(key) != self.protocol.get(key)]
+                raise ValueError(
+                    f"'{path}' holds scores of another protocol (different: {', '.join(changed)}); give another "
+                    "--output."
+                )
+            self.cells = cells
+
+    def put(self, key: str, cell: Cell) -> None:
+        """Keep one cell."""
+        self.cells[key] = cell
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as partial:
+            partial.write_text(
+                json.dumps({"protocol": self.protocol, "cells": dict(sorted(self.cells.items()))}, indent=1)
+            )
