@@ -32,9 +32,10 @@ from ddss_lightning.compare import Comparison, compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.features import FeatureExtractor
-from ddss_lightning.ggdm import GGDMSampler, saved_sampler
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
+from ddss_lightning.saved import saved_sampler
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.suggestions import suggestion
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
 from ddss_lightning.files import replacing, why_no_folder
-from ddss_lightning.ggdm import CARD_NAME, WEIGHTS_NAME, GGDMSampler, read_card, saved_sampler
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.pictures import mu_figure, save_figure
+from ddss_lightning.saved import CARD_NAME, WEIGHTS_NAME, read_card, saved_sampler
 from ddss_lightning.scheduler import GGDMScheduler
 
 # Of a sampler whose card says that it is step 0.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
 import json
 import operator
@@ -14,14 +13,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
 from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, prediction_pair
-from ddss_lightning.files import fetch_from_hub, is_hub_name, replacing
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
+from ddss_lightning.saved import CARD_NAME, WEIGHTS_NAME, read_card, read_numbers, saved_sampler, write
 from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
 from ddss_lightning.solvers import Solver, Stride, first_timestep, magnitude, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
@@ -29,11 +27,6 @@ from ddss_lightning.unroll import Network, unroll
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
 Parametrization = Literal["anchored", "ggdm"]
 DEGREES: tuple[Degree, ...] = get_args(Degree)
-
-CARD_NAME = "sampler.json"
-WEIGHTS_NAME = "sampler.safetensors"
-# 2: noise that a multistep solver's states hold is taken out of its past predictions, see `ggdm_form`.
-FORMAT_VERSION = 2
 
 
 class GGDMSampler(nn.Module):
@@ -415,9 +408,8 @@ class GGDMSampler(nn.Module):
         """Write the sampler: `sampler.safetensors` (numbers) and `sampler.json` (the card).
 
         The safetensors file holds what was learned, the schedule and, for readers without this package, the final
-        coefficients, all float64. Both files are written under other names and then renamed: no half-written file is
-        left under its name. The card holds the SHA-256 of the numbers, so that a process that is killed between the two
-        renames cannot leave numbers that pass for those of another card.
+        coefficients, all float64. No half-written file, nor one that does not belong to the other, is ever taken for a
+        sampler, see `saved.write`.
 
         Args:
             save_directory: a folder; created, parents included.
@@ -435,11 +427,7 @@ class GGDMSampler(nn.Module):
         tensors = {f"learned.{name}": value.detach().contiguous() for name, value in self.corrections.items()}
         tensors |= {f"coefficients.{name}": value.contiguous() for name, value in vars(coefficients).items()}
         tensors |= {"schedule.logsnrs": self.schedule.table, "schedule.timesteps": self.schedule.grid}
-        numbers = save({name: value.cpu() for name, value in tensors.items()})
         card = {
-            "_class_name": type(self).__name__,
-            "format_version": FORMAT_VERSION,
-            "weights_sha256": hashlib.sha256(numbers).hexdigest(),
             "nfe": self.num_steps,
             "base_model": dict(base_model or {}),
             "schedule": {
@@ -452,11 +440,7 @@ class GGDMSampler(nn.Module):
             "timesteps": coefficients.timesteps.tolist(),
             "scores": dict(scores or {}),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        # Neither name changes before both files are complete.
-        with replacing(folder / CARD_NAME) as card_file, replacing(folder / WEIGHTS_NAME) as numbers_file:
-            numbers_file.write_bytes(numbers)
-            card_file.write_text(json.dumps(card, indent=2) + "\n")
+        write(folder, type(self).__name__, card, tensors)
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path) -> GGDMSampler:
@@ -475,14 +459,7 @@ class GGDMSampler(nn.Module):
         folder = saved_sampler(pretrained_path)
         card = read_card(folder)
         try:
-            numbers = (folder / WEIGHTS_NAME).read_bytes()
-            # Cards of older versions do not say.
-            if card.get("weights_sha256") not in (None, hashlib.sha256(numbers).hexdigest()):
-                raise ValueError(
-                    f"'{WEIGHTS_NAME}' and '{CARD_NAME}' do not belong together. Writing was cut off between the two, "
-                    "or one was replaced; resume the fit, or save it again."
-                )
-            tensors = load(numbers)
+            tensors = read_numbers(folder, card)
             kind = {name: card["schedule"][name] for name in ("scaling", "sigma_data") if name in card["schedule"]}
             schedule = NoiseSchedule(tensors["schedule.logsnrs"], tensors.get("schedule.timesteps"), **kind)
             sampler = cls(schedule, **_with_timesteps(card["config"], schedule))
@@ -546,55 +523,3 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
-
-
-def saved_sampler(path: str | Path) -> Path:
-    """The folder of a saved sampler: `path` itself, or that in the log folder of a fit, or in a folder with one fit.
-
-    Of a hub name `owner/model`: where the hub's cache keeps its two files.
-
-    Raises:
-        ValueError: no sampler there, those of several fits, or a hub name whose files cannot be fetched.
-    """
-    folder = fetch_from_hub(str(path), (CARD_NAME, WEIGHTS_NAME)) if is_hub_name(path) else Path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder '{folder}'; give a saved sampler, the log folder of a fit, or a hub name owner/model."
-        )
-    for candidate in (folder, folder / "sampler"):
-        if (candidate / CARD_NAME).is_file():
-            return candidate
-    runs = [card.parent for card in folder.glob(f"*/sampler/{CARD_NAME}")]
-    if len(runs) == 1:
-        return runs[0]
-    if runs:
-        names = ", ".join(f"'{run.parent}'" for run in sorted(runs))
-        raise ValueError(f"'{folder}' holds {len(runs)} fits; give one of {names}.")
-    raise ValueError(
-        f"No sampler in '{folder}': neither '{CARD_NAME}' nor 'sampler/{CARD_NAME}' is there. Give a folder written by "
-        "`ddss fit` or `GGDMSampler.save_pretrained`, such as 'checkpoints/digits-ggdm-5'."
-    )
-
-
-def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card (`sampler.json`) of a saved sampler, in a folder or on the hub.
-
-    Raises:
-        ValueError: no sampler there, a card that is not JSON, or one of a newer format.
-    """
-    path = saved_sampler(folder) / CARD_NAME
-    try:
-        card: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"The card '{path}' is damaged: {error}") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"The card '{path}' is damaged: it is no JSON object.")
-    if card.get("format_version") not in (1, FORMAT_VERSION):
-        raise ValueError(
-            f"'{path}' has format version {card.get('format_version')}, this package reads 1 and {FORMAT_VERSION}; "
-            "install the version of ddss_lightning that wrote it."
-        )
-    missing = [name for name in ("config", "schedule", "base_model", "scores", "nfe") if name not in card]
-    if missing:
-        raise ValueError(f"The card '{path}' is damaged: it has no '{missing[0]}'.")
-    return card

@@ -18,11 +18,12 @@ from torch import Tensor
 from ddss_lightning.denoisers.base import Denoiser, check_takes_turns
 from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.features.kept import KeptFeatures, agree
-from ddss_lightning.ggdm import FORMAT_VERSION, Degree, GGDMSampler, read_card
+from ddss_lightning.ggdm import Degree, GGDMSampler
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.precision import full_precision
 from ddss_lightning.remat import Remat
+from ddss_lightning.saved import FORMAT_VERSION, read_card
 
 FROZEN = ("denoiser.", "features.", "loss.")
 # Real images, from which on it is said that they are encoded.

@@ -29,12 +29,13 @@ from ddss_lightning.callbacks.quality import FeatureSpace
 from ddss_lightning.cli import DDSSCommandLine, command_line
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.files import replacing
-from ddss_lightning.ggdm import GGDMSampler, saved_sampler
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.metrics import FrechetDistance
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.noise import generator_for, held_out_noise
 from ddss_lightning.pictures import comparison_figure, save_figure
 from ddss_lightning.precision import full_precision
+from ddss_lightning.saved import saved_sampler
 from ddss_lightning.solvers import STRIDES
 
 SOLVERS = {"DDPM": ("ddim", 1.0), "DDIM": ("ddim", 0.0), "DPM-Solver++ 2M": ("dpmpp_2m", 0.0)}

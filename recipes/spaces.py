@@ -27,10 +27,10 @@ from ddss_lightning import (
     ResidualFeatures,
 )
 from ddss_lightning.data.glyphs import load_glyphs
-from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
+from ddss_lightning.saved import read_card
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 

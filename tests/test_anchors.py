@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddss_lightning.coefficients import Coefficients
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.probing import probe, rollout_error
+from ddss_lightning.saved import read_card
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.unroll import unroll
 from tests.test_ggdm import move

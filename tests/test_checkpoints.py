@@ -8,9 +8,10 @@ from ddss_lightning.data.digits import load_digits_tensors
 from ddss_lightning.data.glyphs import load_glyphs
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.features import ConvFeatures
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
 from ddss_lightning.noise import held_out_noise
+from ddss_lightning.saved import read_card
 from tests.conftest import ROOT
 
 

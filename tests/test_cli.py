@@ -21,9 +21,10 @@ from ddss_lightning.callbacks import ImageWriter, SampleQuality
 from ddss_lightning.callbacks.progress import EpochProgressBar
 from ddss_lightning.cli import command_line, main
 from ddss_lightning.data import DigitsDataModule
-from ddss_lightning.ggdm import GGDMSampler, read_card
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.module import DDSSModule
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.saved import read_card
 from tests.conftest import DDPM, ROOT
 
 OWN = ROOT / "recipes" / "own_model.yaml"

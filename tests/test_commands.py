@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ddss_lightning.cli import main
-from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
+from ddss_lightning.ggdm import GGDMSampler
+from ddss_lightning.saved import read_card, saved_sampler
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.conftest import ROOT
 

@@ -7,7 +7,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 from safetensors.torch import load, load_file, save, save_file
 
 from ddss_lightning.coefficients import prediction_pair
-from ddss_lightning.ggdm import DEGREES, GGDMSampler, read_card
+from ddss_lightning.ggdm import DEGREES, GGDMSampler
+from ddss_lightning.saved import read_card
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.solvers import stride_timesteps
 

@@ -21,10 +21,10 @@ from ddss_lightning.callbacks.folder import run_folder
 from ddss_lightning.features import load_any
 from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.files import why_no_folder
-from ddss_lightning.ggdm import CARD_NAME, read_card
 from ddss_lightning.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 from ddss_lightning.precision import full_precision
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.saved import CARD_NAME, read_card
 from ddss_lightning.signals import NOTHING_LEARNED, agreed, noted, stop
 
 Score = Literal["fid", "kid"]

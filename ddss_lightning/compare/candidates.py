@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from lightning.pytorch.utilities import rank_zero_info
 
 from ddss_lightning.compare.settings import Comparison
-from ddss_lightning.ggdm import GGDMSampler, read_card, saved_sampler
+from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.handmade import SOLVERS, NoSuchCallsError, solver_samplers
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.saved import read_card, saved_sampler
 
 
 @dataclass(frozen=True)

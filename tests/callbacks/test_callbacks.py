@@ -21,11 +21,11 @@ from ddss_lightning import (
     SamplerPictures,
     SamplingModule,
 )
-from ddss_lightning.ggdm import read_card
 from ddss_lightning.images import to_pixels
 from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import image_grid
+from ddss_lightning.saved import read_card
 from tests.test_module import data, make, trainer
 
 
