@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.features.denoiser import DenoiserFeatures
 from ddss_lightning.frozen import check_gradient
 from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
@@ -215,6 +216,7 @@ class DDSSModule(SamplingModule):
                 raise ValueError(f"model.teacher: {error}") from error
         if self.gauss_newton is None:
             self._check_gradients()
+            self._check_model_features()
         self._check_range()
 
     def _check_gradients(self) -> None:
@@ -241,6 +243,15 @@ class DDSSModule(SamplingModule):
             for network in seen:
                 mine = images.detach().to(network.dtype).requires_grad_()
                 check_gradient(network(mine), type(network).__name__, {"images": mine})
+
+    def _check_model_features(self) -> None:
+        """Say so where the loss sees with the network of another model: a path can be changed in one place alone."""
+        for part in self.loss.modules():
+            if isinstance(part, DenoiserFeatures) and part.denoiser.name != self.denoiser.name:
+                rank_zero_warn(
+                    f"The model is '{self.denoiser.name}', the DenoiserFeatures of the loss are those of "
+                    f"'{part.denoiser.name}'. If they are to be of one model, give both the same path."
+                )
 
     @torch.no_grad()
     def _check_range(self) -> None:

@@ -1,9 +1,23 @@
+import warnings
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
+from lightning.pytorch import Trainer
 
-from ddss_lightning import DenoiserFeatures, DiffusersDenoiser, InFeatures, KIDLoss, WeightedSum
+from ddss_lightning import (
+    DDSSModule,
+    DenoiserFeatures,
+    DiffusersDenoiser,
+    DigitsDataModule,
+    GGDMSampler,
+    InFeatures,
+    KIDLoss,
+    PixelFeatures,
+    WeightedSum,
+)
 from ddss_lightning.losses.base import Samples
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -80,6 +94,27 @@ def test_a_network_of_classes_is_read_with_its_null_label(small, tmp_path):
         DenoiserFeatures.from_pretrained(str(tmp_path))
     found = DenoiserFeatures.from_pretrained(str(tmp_path), null_label=2)
     assert found.fingerprint() == DenoiserFeatures(DiffusersDenoiser.from_pretrained(str(tmp_path), 2)).fingerprint()
+
+
+def test_features_of_another_model_than_the_one_that_is_sampled_are_told(tmp_path, monkeypatch):
+    """A path that is changed in one place of a recipe alone."""
+    monkeypatch.chdir(ROOT)
+    path = "checkpoints/digits-ddpm"
+    denoiser, same = DiffusersDenoiser.from_pretrained(path), DenoiserFeatures.from_pretrained(path)
+    other = DenoiserFeatures(DiffusersDenoiser(denoiser.unet, denoiser.schedule, name="another"))
+
+    def fit(features):
+        loss = InFeatures(features, KIDLoss())
+        module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 1), PixelFeatures(1, 8), loss, 2)
+        data = DigitsDataModule(steps_per_epoch=1, num_val_images=2)
+        Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False).fit(module, data)  # fmt: skip
+
+    with pytest.warns(UserWarning, match="The model is 'checkpoints/digits-ddpm', .* those of 'another'"):
+        fit(other)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*DenoiserFeatures of the loss")
+        fit(same)
 
 
 def test_what_has_no_features_of_images(small, schedule):
