@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import os
 import re
@@ -433,6 +434,24 @@ def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommand
     )
 
 
+def _run_command(name: str, args: list[str]) -> None:
+    """Run one of `COMMANDS`.
+
+    Raises:
+        ArgumentError: a wrong value.
+        ValueError: of the command; or other arguments than it has, with the way it is called.
+    """
+    command = COMMANDS[name]
+    needed = [each.upper() for each, of in inspect.signature(command).parameters.items() if of.default is of.empty]
+    try:
+        auto_cli(command, args=args, prog=f"ddss {name}", exit_on_error=False)
+    except ArgumentError as error:
+        # A wrong value speaks for itself.
+        if "Parser key" in str(error):
+            raise
+        raise ValueError(f"{error}; it is `ddss {name} {' '.join(needed)}`, see --help.") from error
+
+
 def main(args: list[str] | None = None) -> None:
     """Console entry point.
 
@@ -445,8 +464,7 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"{asked}; choose one of {', '.join(SUBCOMMANDS)}, and see its --help.")
         _check_recipes(args)
         if args[0] in COMMANDS:
-            command = COMMANDS[args[0]]
-            auto_cli(command, args=args[1:], prog=f"ddss {args[0]}", exit_on_error=False)
+            _run_command(args[0], args[1:])
         elif args[0] == "compare":
             recipes, settings, others = parse(args[1:])
             cli = command_line([*(f"--config={recipe}" for recipe in recipes), *others], run=False)

@@ -140,7 +140,9 @@ def test_where_the_sampler_is(fits):
         (["export", SAMPLER, str(ROOT / "LICENSE")], "LICENSE' is no folder, for"),
         (["export", "nowhere", "x"], "There is no folder 'nowhere'"),
         (["inspect", str(ROOT / "recipes")], "neither 'sampler.json' nor 'sampler/sampler.json' is there"),
-        (["inspect", SAMPLER, "--colour=red"], "colour"),
+        (["inspect", SAMPLER, "--colour=red"], "--colour=red; it is `ddss inspect SAMPLER`, see --help."),
+        (["export", "--sampler", SAMPLER], "--sampler; it is `ddss export SAMPLER OUTPUT`, see --help."),
+        (["inspect", SAMPLER, "--overwrite=perhaps"], "overwrite: expected <class 'bool'>, got perhaps. ("),
     ],
 )
 def test_bad_input_is_one_line(args, message, capsys):
