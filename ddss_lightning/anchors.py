@@ -207,7 +207,8 @@ def _strided(
     """The arguments with timesteps, whole numbers, in place of the name of their stride: as many as make K calls.
 
     Raises:
-        ValueError: an unknown stride, or a scheduler that takes no timesteps or cannot make K calls.
+        ValueError: an unknown stride, or one whose timesteps are not whole numbers; a scheduler that takes no timesteps
+            or cannot make K calls.
     """
     if schedule.grid[0] != 0:
         raise ValueError(
@@ -218,6 +219,11 @@ def _strided(
     for steps in range(num_steps, 0, -1):
         placed = stride_timesteps(schedule, steps, set_timesteps["timesteps"], first).round().long().tolist()
         try:
+            if len(set(placed)) < steps:
+                raise ValueError(
+                    f"anchor: a scheduler's timesteps are whole numbers, and the stride '{set_timesteps['timesteps']}' "
+                    f"has no {steps} different ones; use fewer steps, another stride, or the anchors dpmpp_2m or ddim."
+                )
             scheduler_steps(scheduler, num_steps, {**set_timesteps, "timesteps": placed})
         except ValueError as error:
             reasons.append(error)

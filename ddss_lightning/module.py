@@ -338,7 +338,10 @@ class DDSSModule(SamplingModule):
 
         def outputs(part: Tensor) -> tuple[Tensor, ...]:
             images = to_pixels(denoiser.decode(part))
-            return tuple(self.features(images) if name == "features" else images for name in self._outputs)
+            seen = {"images": images}
+            if "features" in self._outputs:
+                seen["features"] = self.features(images.to(self.features.dtype))
+            return tuple(seen[name] for name in self._outputs)
 
         return self._in_parts(outputs, x_0)
 
@@ -489,8 +492,10 @@ class DDSSModule(SamplingModule):
         return self._everyone(total / num_images)
 
     def _moments_of(self, distance: FrechetResidual, x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
-        (features,) = self._in_parts(lambda part: (self.features(pixels(self.denoiser.decode(part))),), x_0)
-        return distance.moments(features)
+        def features(part: Tensor) -> tuple[Tensor]:
+            return (self.features(pixels(self.denoiser.decode(part)).to(self.features.dtype)),)
+
+        return distance.moments(*self._in_parts(features, x_0))
 
     def _draws(self, purpose: str, num_images: int) -> Iterator[tuple[Denoiser, Tensor, Tensor]]:
         """Denoiser and noise of this step and process, in batches."""

@@ -77,7 +77,10 @@ class SamplingModule(LightningModule):
 
     @staticmethod
     def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
-        wanted = {denoiser: ("name", "schedule", "prediction_type", "image_shape"), features: ("image_shape",)}
+        wanted = {
+            denoiser: ("name", "schedule", "prediction_type", "image_shape"),
+            features: ("image_shape", "num_features"),
+        }
         for part, names in wanted.items():
             missing = [name for name in names if not hasattr(part, name)]
             if missing:

@@ -84,8 +84,11 @@ class Interruption(ModelCheckpoint):
         problem = why_no_folder(Path(self.path).parent) if self.dirpath and trainer.is_global_zero else ""
         if problem := trainer.strategy.broadcast(problem):
             raise ValueError(f"interruption.dirpath: {problem}.")
-        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == Path(self.path).resolve().parent
-        if trainer.strategy.broadcast(not resumed and Path(self.path).exists()):
+        path = Path(self.path).resolve()
+        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == path.parent
+        # The same Trainer, told to take more steps.
+        goes_on = trainer.global_step and self.last_model_path == self.path
+        if trainer.strategy.broadcast(not (resumed or goes_on) and path.exists()):
             raise ValueError(
                 f"'{self.path}' is the checkpoint of another fit; go on with it (ckpt_path), or give another folder "
                 "(dirpath, or the logger's version)."
@@ -155,9 +158,9 @@ class Interruption(ModelCheckpoint):
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the fit may validate before the next step."""
+    """Whether the fit may validate before the next step, or score its last sampler."""
     loop = trainer.fit_loop.epoch_loop
-    if loop.batch_progress.is_last_batch or trainer.should_stop:
+    if loop.batch_progress.is_last_batch or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
         return True
     steps = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
     every = trainer.val_check_batch

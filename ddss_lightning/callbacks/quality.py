@@ -296,10 +296,6 @@ class SampleQuality(Callback):
         if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for limit, reached in limits):
             self._score_last(trainer, pl_module, None)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the last sampler, if steps were taken since the last validation: `max_steps` may end an epoch early."""
-        self._score_last(trainer, pl_module, "the last steps are not scored")
-
     def _score_last(self, trainer: Trainer, module: LightningModule, if_told_to_stop: str | None) -> None:
         assert isinstance(module, SamplingModule)
         unscored = self.initial and self._scored_step < trainer.global_step and self._validates(trainer)
@@ -318,11 +314,14 @@ class SampleQuality(Callback):
             "num_val_images": getattr(datamodule, "num_val_images", None),
             "seed": module.seed,
         }
+        limit = trainer.limit_val_batches
+        if isinstance(limit, int) or limit != 1:
+            protocol["limit_val_batches"] = f"{limit} of {getattr(datamodule, 'eval_batch_size', 'some')} images"
         before, self._protocol = self._protocol or protocol, protocol
         other = [
-            f"{name}: {before.get(name)} instead of {each}"
-            for name, each in protocol.items()
-            if before.get(name) != each
+            f"{name}: {before.get(name)} instead of {protocol.get(name)}"
+            for name in before | protocol
+            if before.get(name) != protocol.get(name)
         ]
         if other:
             raise ValueError(
@@ -432,6 +431,8 @@ class SampleQuality(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
         assert isinstance(pl_module, SamplingModule)
+        # A fit that had nothing left to do but this, or no callback's turn at the end of an epoch, comes by here alone.
+        self._score_last(trainer, pl_module, "the last steps are not scored")
         folder = self.folder(trainer)
         if not self.best and self.initial:
             rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")

@@ -94,6 +94,8 @@ def _opaque(image: Image) -> Image:
         pixels = (levels / 257).round().clip(0, 255).astype(np.uint8)
         pixels[levels == image.info.get("transparency", -1)] = 255
         return Images.fromarray(pixels)
+    if image.mode == "LAB":
+        return image.convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image)

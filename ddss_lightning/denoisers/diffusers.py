@@ -58,9 +58,9 @@ class DiffusersDenoiser(Denoiser):
         guidance_scale: w, for images of all classes in equal numbers; None: of a network with classes the null label.
 
     Raises:
-        ValueError: a network whose output has neither the channels of its input nor twice as many, or that looks its
-            times up in a table; a null label that the network does not have, or none where one is needed; a guidance
-            scale without classes or below 0.
+        ValueError: a network whose output has neither the channels of its input nor twice as many, that looks its times
+            up in a table, or has weights in float16; a null label that the network does not have, or none where one is
+            needed; a guidance scale without classes or below 0.
     """
 
     def __init__(
@@ -89,6 +89,11 @@ class DiffusersDenoiser(Denoiser):
             )
         if not size:
             raise ValueError("The network's configuration does not say its sample_size; set it to the images' height.")
+        if any(parameter.dtype == torch.float16 for parameter in unet.parameters()):
+            raise ValueError(
+                f"The network of '{name}' has weights in float16, in which small gradients are lost; load it in "
+                "bfloat16 or float32."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         self.unet = unet.to(memory_format=torch.channels_last)
         self.schedule = schedule
@@ -311,18 +316,20 @@ class DiffusersDenoiser(Denoiser):
 
     def _call(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         dtype = x_t.dtype
-        if self._in_half_precision:
-            x_t = x_t.bfloat16()
+        weights = self._weights_dtype or dtype
+        if weights != dtype:
+            x_t = x_t.to(weights)
             conditions = {name: rows.to(type_of(rows, x_t)) for name, rows in conditions.items()}
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         output = self._evaluate(x_t, timestep, conditions)[:, : x_t.shape[1]]
-        output = output.to(dtype) if self._in_half_precision else output
+        output = output if weights == dtype else output.to(dtype)
         return output.clone() if self.overwrites_outputs else output
 
     @property
-    def _in_half_precision(self) -> bool:
+    def _weights_dtype(self) -> torch.dtype | None:
         # Some parts of a network that diffusers loads in half precision stay in float32.
-        return any(parameter.dtype == torch.bfloat16 for parameter in self.unet.parameters())
+        dtypes = dict.fromkeys(value.dtype for value in self.unet.parameters() if value.is_floating_point())
+        return torch.bfloat16 if torch.bfloat16 in dtypes else next(iter(dtypes), None)
 
     def _evaluate(self, x_t: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         output: Tensor = self.unet(x_t, timestep, return_dict=False, **conditions)[0]

@@ -81,9 +81,11 @@ class ModuleFeatures(FeatureExtractor):
             ValueError: the images have another shape.
         """
         self.check_input(images)
+        # Not all of this is there in half precision, nor as exact.
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
         if self.size is not None:
             images = resize_images(images, self.size, self._resize)
-        output = self._output(((images + 1) / 2 - self.mean) / self.std)
+        output = self._output((((images + 1) / 2 - self.mean) / self.std).to(self._encoder_dtype or images.dtype))
         if not isinstance(output, Tensor) or output.ndim not in (2, 4):
             kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(
@@ -91,6 +93,10 @@ class ModuleFeatures(FeatureExtractor):
                 f"{kind}; name a `layer` with such an output, or wrap the encoder in a module that picks one."
             )
         return output.mean((2, 3)) if output.ndim == 4 else output
+
+    @property
+    def _encoder_dtype(self) -> torch.dtype | None:
+        return next((value.dtype for value in self.module.parameters()), None)
 
     def _output(self, x: Tensor) -> Any:  # noqa: ANN401 - whatever the encoder returns
         """The output of the encoder, or of the chosen submodule (the last one, if it runs several times)."""

@@ -56,7 +56,10 @@ class DenoiserFeatures(FeatureExtractor):
                 f"The network of '{denoiser.name}' is a {type(denoiser.unet).__name__} without `down_blocks`; "
                 "DenoiserFeatures needs a U-Net of diffusers."
             )
-        self.denoiser = denoiser.unguided()
+        try:
+            self.denoiser = denoiser.unguided()
+        except NoNullLabelError as error:
+            raise ValueError(_no_null_label(denoiser.name)) from error
         self.image_shape = denoiser.image_shape
         device = denoiser.schedule.table.device
         time = denoiser.schedule.timestep(torch.tensor(logsnr, dtype=torch.float64, device=device))
@@ -84,11 +87,7 @@ class DenoiserFeatures(FeatureExtractor):
         try:
             denoiser = DiffusersDenoiser.from_pretrained(pretrained_path, null_label)
         except NoNullLabelError as error:
-            raise ValueError(
-                f"DenoiserFeatures of '{pretrained_path}' (of the recipe's loss `unet`): the network has classes. "
-                "Give these features, too, the null_label that it was trained with, in their init_args. A network that "
-                "was trained without one has no features of images of any class: delete this loss, and its weight."
-            ) from error
+            raise ValueError(_no_null_label(pretrained_path)) from error
         return cls(denoiser, logsnr)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -114,3 +113,11 @@ class DenoiserFeatures(FeatureExtractor):
         return torch.cat(
             [part for h in seen for part in (h.mean((2, 3)), (h.var((2, 3), correction=0) + EPSILON).sqrt())], 1
         )
+
+
+def _no_null_label(name: str) -> str:
+    return (
+        f"DenoiserFeatures of '{name}' (of the loss `unet` in own_model.yaml): the network has classes. Give these "
+        "features, too, the null_label that it was trained with, in their init_args. A network that was trained "
+        "without one has no features of images of any class: delete this loss, and its weight."
+    )

@@ -32,6 +32,8 @@ class InceptionScore(SampleMetric):
     """
 
     higher_is_better = True
+    # Samples are counted on from those before: a batch on its own, as `forward` has it by default, begins anew.
+    full_state_update = True
     num: Tensor
     probability: Tensor
     negative_entropy: Tensor

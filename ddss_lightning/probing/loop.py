@@ -22,8 +22,13 @@ def scheduler_steps(scheduler: Any, nfe: int, set_timesteps: Mapping[str, Any] |
     """The number that `set_timesteps` must get so that the network is called `nfe` times.
 
     Raises:
-        ValueError: there is none: Heun's method, for example, makes 2 n - 1 calls.
+        ValueError: there is none: Heun's method, for example, makes 2 n - 1 calls; or not with these timesteps.
     """
+    if _are_explicit(set_timesteps or {}):
+        # They bring their own number.
+        if (count := count_calls(scheduler, nfe, set_timesteps or {})) != nfe:
+            raise ValueError(f"{type(scheduler).__name__} makes {count} network calls with these, not {nfe}.")
+        return nfe
     counts: dict[int, int] = {}
     reason: ValueError | None = None
     for steps in range(nfe, 0, -1):
@@ -114,11 +119,15 @@ def _set_timesteps(scheduler: Any, num_steps: int, kwargs: Mapping[str, Any]) ->
         _place(scheduler, timesteps)
         return
     # Explicit sigmas or timesteps bring their own number, and most schedulers refuse to be told both.
-    explicit = any(kwargs.get(option) is not None for option in ("sigmas", "timesteps"))
+    number = {} if _are_explicit(kwargs) else {"num_inference_steps": num_steps}
     try:
-        scheduler.set_timesteps(**({} if explicit else {"num_inference_steps": num_steps}), **kwargs)
+        scheduler.set_timesteps(**number, **kwargs)
     except Exception as error:  # index errors, assertions, type errors, ...
         raise ValueError(f"{type(scheduler).__name__} cannot be set to {num_steps} steps: {error!r}") from error
+
+
+def _are_explicit(set_timesteps: Mapping[str, Any]) -> bool:
+    return any(set_timesteps.get(option) is not None for option in ("sigmas", "timesteps"))
 
 
 def _check_shift(scheduler: Any) -> None:  # noqa: ANN401
