@@ -310,6 +310,16 @@ def test_timesteps_that_cannot_be_placed(schedule, class_name):
         GGDMSampler(schedule, 5, anchor=anchor)
 
 
+def test_a_stride_of_more_timesteps_than_there_are(schedule):
+    """Its first ones are closer than 1 from 78 steps on. Given numbers are tried once, whatever their number."""
+    anchor = {"class_path": "diffusers.DPMSolverMultistepScheduler", "set_timesteps": {"timesteps": "quadratic"}}
+    with pytest.raises(ValueError, match="the stride 'quadratic' has no 80 different ones; use fewer steps"):
+        GGDMSampler(schedule, 80, anchor=anchor)
+    anchor["set_timesteps"] = {"timesteps": [900, 500, 100]}
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler makes 3 network calls with these, not 5"):
+        GGDMSampler(schedule, 5, anchor=anchor)
+
+
 @pytest.mark.parametrize("class_name", ["UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler"])
 def test_placed_timesteps_are_those_of_the_stride(schedule, class_name):
     anchor = {"class_path": f"diffusers.{class_name}", "set_timesteps": {"timesteps": "quadratic"}}

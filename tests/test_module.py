@@ -536,7 +536,7 @@ def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
             return images.flatten(1)
 
     sampler = GGDMSampler(denoiser.schedule, 3)
-    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; set image_shape in its __init__"):
+    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; set image_shape, num_features in its"):
         DDSSModule(denoiser, sampler, Bare())
 
     class Half(Denoiser):
@@ -901,6 +901,19 @@ def test_real_images_in_float64_serve_batches_of_the_loss(tmp_path):
     runner = trainer(tmp_path, 1, enable_checkpointing=False)
     runner.fit(module, Double(batch_size=16, steps_per_epoch=2, num_val_images=24))
     assert runner.global_step == 2
+
+
+@pytest.mark.parametrize("gauss_newton", [None, GaussNewton(residual_images=24, trial_images=24, dampings=(0.1,))])
+def test_features_in_float64_of_images_in_float32(tmp_path, gauss_newton):
+    """The gradient is that of features in float32, to their rounding."""
+    steps = []
+    for dtype in (torch.float32, torch.float64):
+        module = make(gauss_newton=gauss_newton, sampler={"learn": ["std"]}, ema_decay=0)
+        module.features.to(dtype)
+        trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data(1))
+        steps.append(module.sampler.corrections["std"].detach())
+    assert (steps[0] != 0).all()
+    torch.testing.assert_close(*steps, rtol=1e-2, atol=1e-5)
 
 
 def test_images_far_outside_the_range_of_pixels_are_told(tmp_path):

@@ -316,7 +316,8 @@ class SampleQuality(Callback):
         }
         limit = trainer.limit_val_batches
         if isinstance(limit, int) or limit != 1:
-            protocol["limit_val_batches"] = f"{limit} of {getattr(datamodule, 'eval_batch_size', 'some')} images"
+            size = getattr(datamodule, "eval_batch_size", "some")
+            protocol["limit_val_batches"] = f"{limit:g} batches of {size} images"
         before, self._protocol = self._protocol or protocol, protocol
         other = [
             f"{name}: {before.get(name)} instead of {protocol.get(name)}"

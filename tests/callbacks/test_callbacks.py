@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import math
 import os
@@ -307,6 +308,58 @@ def test_told_to_stop_while_the_last_sampler_is_scored(tmp_path, caplog):
     assert f"SIGTERM after step 3: saved '{tmp_path / 'last.ckpt'}'" in caplog.text
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
     assert callbacks[0].best_step < 3
+    # The score that is missing is all that is left to do.
+    again = [Told(dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+    trainer(tmp_path, -1, callbacks=again, max_steps=3).fit(make(), data(), ckpt_path=tmp_path / "last.ckpt")
+    whole = SampleQuality(dirpath=str(tmp_path / "whole"))
+    trainer(tmp_path, -1, callbacks=[whole], max_steps=3, enable_checkpointing=False).fit(make(), data())
+    assert (again[0].best_step, again[0].best) == (whole.best_step, whole.best)
+    assert again[0].scores == whole.scores
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_checkpoint_of_the_last_step_has_its_score(tmp_path, told):
+    """The third of three steps in epochs of two, without a validation; told to stop there, or saved each step."""
+
+    class Tell(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if told and trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    quality = Scripted([10, 9, 8], dirpath=str(tmp_path / "s"))
+    keep = Interruption(minutes=10 if told else 0, dirpath=str(tmp_path))
+    runner = trainer(tmp_path, -1, callbacks=[Tell(), quality, keep], max_steps=3)
+    with pytest.raises(SystemExit) if told else contextlib.nullcontext():
+        runner.fit(make(), data())
+    again = Scripted([], dirpath=str(tmp_path / "s"))
+    parts = [again, Interruption(dirpath=str(tmp_path))]
+    trainer(tmp_path, -1, callbacks=parts, max_steps=3).fit(make(), data(), ckpt_path=tmp_path / "last.ckpt")
+    assert (again.best_step, again.best["fid"], again._scored_step) == (3, 8, 3)
+
+
+def test_a_trainer_that_takes_more_steps_goes_on_in_its_own_folder(tmp_path):
+    quality = Scripted([10, 9, 8], dirpath=str(tmp_path / "s"))
+    parts = [quality, Interruption(dirpath=str(tmp_path))]
+    runner, module = trainer(tmp_path, -1, callbacks=parts, max_steps=2), make()
+    runner.fit(module, data())
+    runner.fit_loop.epoch_loop.max_steps = 4
+    runner.fit(module, data())
+    assert (runner.global_step, quality.best_step) == (4, 4)
+
+
+def test_scores_of_fewer_images_are_not_compared(tmp_path):
+    parts = [Scripted([10, 9], dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+    trainer(tmp_path, 1, callbacks=parts).fit(make(), data())
+
+    def resume(**options):
+        parts = [Scripted([8], dirpath=str(tmp_path / "s")), Interruption(dirpath=str(tmp_path))]
+        runner = trainer(tmp_path, 2, callbacks=parts, **options)
+        images = DigitsDataModule(batch_size=16, steps_per_epoch=2, num_val_images=24, eval_batch_size=8)
+        runner.fit(make(), images, ckpt_path=tmp_path / "last.ckpt")
+
+    with pytest.raises(ValueError, match=r"limit_val_batches: None instead of 1 batches of 8 images"):
+        resume(limit_val_batches=1)
+    resume(limit_val_batches=1.0)
 
 
 def test_checkpoints_every_few_minutes_after_each_epoch_and_never_before_a_validation(tmp_path, monkeypatch):

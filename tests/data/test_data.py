@@ -78,6 +78,15 @@ def test_a_damaged_file_is_named(tmp_path):
         list(ImageFolderDataModule(str(tmp_path), image_size=4).real_dataloader())
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_in_lab(tmp_path, channels):
+    """White, as Photoshop writes it into a TIFF."""
+    Image.new("LAB", (8, 8), (255, 128, 128)).save(tmp_path / "a.tif")
+    image = ImageFolderDataModule(str(tmp_path), 8, channels).real_images()[0]
+    assert image.shape == (channels, 8, 8)
+    torch.testing.assert_close(image, torch.ones_like(image), rtol=0, atol=0.03)
+
+
 def test_hidden_files_are_no_images_and_tiff_are(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.tiff")
     (tmp_path / "._a.png").write_bytes(b"what macOS leaves in archives")

@@ -58,6 +58,12 @@ def test_weights_in_half_precision(denoiser):
         exact, rounded = (sampler(each, x_T) for each in (denoiser, half))
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().mean() < 0.02
+    # One that was cast by hand.
+    double = DiffusersDenoiser(UNet2DModel.from_pretrained(DDPM, subfolder="unet").double(), denoiser.schedule)
+    with torch.no_grad():
+        torch.testing.assert_close(sampler(double, x_T), exact, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="'mine' has weights in float16, in which small gradients are lost; load it"):
+        DiffusersDenoiser(UNet2DModel.from_pretrained(DDPM, subfolder="unet").half(), denoiser.schedule, name="mine")
     with pytest.raises(ValueError, match="Unknown precision 'half' of weights; choose one of float32, bfloat16"):
         DiffusersDenoiser.from_pretrained(DDPM, weights="half")
 

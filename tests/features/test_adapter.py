@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,20 @@ def test_protocol_tells_layers_and_resizing_apart(encoder):
         ValueError, match="resize 'bicubic-antialias 32', here 'tf1 24'; layer 'layer4', here 'avgpool'"
     ):
         statistics.check(ModuleFeatures(encoder, (3, 16, 16), 24, "tf1", layer="avgpool"))
+
+
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_encoders_in_other_precisions(dtype, size):
+    """Made of an encoder in another precision: nearly the same features, of images in any."""
+    torch.manual_seed(0)
+    conv, some = nn.Conv2d(1, 4, 3), torch.rand(3, 1, 16, 16) * 2 - 1
+    expected = ModuleFeatures(conv, (1, 16, 16), size, mean=(0.4,), std=(0.3,))(some)
+    network = ModuleFeatures(copy.deepcopy(conv).to(dtype), (1, 16, 16), size, mean=(0.4,), std=(0.3,))
+    for given in (some, some.to(dtype)):
+        found = network(given)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 def test_bad_arguments(encoder):

@@ -124,7 +124,7 @@ def test_what_has_no_features_of_images(small, schedule):
     )  # fmt: skip
     with pytest.raises(ValueError, match="denoises latents, not images"):
         DenoiserFeatures(DiffusersDenoiser(small.unet, schedule, null_label=2, vae=vae))
-    with pytest.raises(ValueError, match="give the null_label"):
+    with pytest.raises(ValueError, match=r"the network has classes\. Give these features, too, the null_label"):
         DenoiserFeatures(DiffusersDenoiser(small.unet, schedule, guidance_scale=1.0))
     with pytest.raises(ValueError, match="logsnr must be a finite number, got nan"):
         DenoiserFeatures(small, float("nan"))

@@ -104,6 +104,16 @@ def test_subsets_scatter_as_those_of_torch_fidelity():
     assert value["kid_std"].item() == pytest.approx(theirs["kernel_inception_distance_std"], rel=0.2)
 
 
+def test_splits_go_on_from_batch_to_batch_however_a_metric_is_called():
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    called, updated_ = InceptionScore(5, splits=4), InceptionScore(5, splits=4)
+    for part in logits.split(6):
+        called(part)
+        updated_.update(part)
+    assert called.num.tolist() == updated_.num.tolist() == [3, 3, 3, 3]
+    assert called.compute() == updated_.compute()
+
+
 def test_inception_score_of_splits_is_that_of_torch_fidelity():
     """It takes contiguous splits; ours go by index modulo the number of splits."""
     logits, indices = draw(84, 6), torch.randperm(84)
