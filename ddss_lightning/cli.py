@@ -36,7 +36,7 @@ from ddss_lightning.features import FeatureExtractor
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
-from ddss_lightning.saved import saved_sampler
+from ddss_lightning.saved import CARD_NAME, saved_sampler
 from ddss_lightning.schedule import NoiseSchedule
 from ddss_lightning.suggestions import suggestion
 
@@ -58,6 +58,7 @@ EXPECTED = (
     ".*LightningCLI's args parameter.*",
     ".*local_dir_use_symlinks.*",
     ".*treespec, LeafSpec.*",
+    ".*all_gather.* is deprecated.*",
 )
 
 
@@ -286,6 +287,11 @@ class DDSSCommandLine(LightningCLI):
                 f"sampler: the one in '{folder}', {self.model.sampler.num_steps} network calls, instead of the recipe's"
                 + f"; what is learned of it: {learned}" * (self.subcommand == "fit")
             )
+        elif self.subcommand in ("validate", "test", "predict") and not checkpoint:
+            # The configuration of a run is beside what it learned.
+            beside = [Path(str(each)).parent for each in self._get(self.config, "config") or []]
+            learned = next((f"'{each}'" for each in beside if (each / "sampler" / CARD_NAME).is_file()), "FOLDER")
+            rank_zero_info(f"sampler: the recipe's, nothing learned; for a learned one --pretrained_sampler={learned}")
 
     def _go_on(self) -> None:
         """The same command starts a fit and goes on with it: from the checkpoint in its folder, where there is one.

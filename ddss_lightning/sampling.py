@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -309,6 +310,17 @@ class SamplingModule(LightningModule):
         key, samples = f"{split}/{self.seed}", indices.tolist()
         x_T, noise = held_out_noise(key, samples, self.denoiser.state_shape, draws)
         return self._decoded(x_T, noise if noisy else None, self.averaged, self.denoiser.for_samples(key, samples))
+
+    def on_validation_start(self) -> None:
+        """Say so where `Trainer.validate` or `test` scores nothing: callbacks look at the images, not this module."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        others = [type(each) for each in callbacks if not isinstance(each, ProgressBar)]
+        is_own = type(self).validation_step is SamplingModule.validation_step
+        looks = any(each.on_validation_batch_end is not Callback.on_validation_batch_end for each in others)
+        if self.trainer.state.fn != "fit" and is_own and not looks:
+            rank_zero_warn("No callback looks at the images: give the Trainer SampleQuality() for scores of them.")
+
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Images, pixels in [-1, 1], of the averaged sampler from the validation noise of the given indices."""

@@ -279,7 +279,7 @@ def curve(run: Run, calls: int) -> tuple[list[float], list[float]]:
     events = EventAccumulator(str(run.folder / "logs" / "version_0"), size_guidance={"scalars": 0})
     events.Reload()
     found = events.Scalars("val/fid") if "val/fid" in events.Tags()["scalars"] else []
-    by_step = {each.step + 1: each.value for each in found}
+    by_step = {each.step: each.value for each in found}
     return [step * calls for step in by_step], list(by_step.values())
 
 
@@ -296,8 +296,7 @@ def learning_figure(runs: list[Run], results: list[dict[str, Any]]) -> Figure:
                 continue
             calls, fids = curve(run, result["calls_per_step"])
             offset = result["network_calls"] - result["optimiser_steps"] * result["calls_per_step"]
-            calls = [offset, *(each + offset for each in calls)]
-            fids = [result["validation_of_initial_sampler"].get("fid", math.nan), *fids]
+            calls = [each + offset for each in calls]
             first = run.seed == min(each.seed for each in runs if each.setting == run.setting)
             axes.plot(
                 np.array(calls) / 1e6, fids, styles[run.setting], color=colours[run.setting], linewidth=1,

@@ -118,7 +118,8 @@ def test_a_sweep_is_planned_learned_compared_and_never_repeated(benchmark, monke
     assert "| 2 | second | 1 |" in (output / "learning.md").read_text()
     calls, fids = benchmark.curve(benchmark.Run("first", 2, 0, output / "first" / "2-0"), 24)
     # The last step is validated, whatever the number of steps.
-    assert (calls[-1], len(fids)) == (192, 2)
+    assert (calls[0], calls[-1], len(fids)) == (0, 192, 3)
+    assert fids[0] == pytest.approx(found["validation_of_initial_sampler"]["fid"], rel=1e-6)
     rows = json.loads((output / "compare" / "table.json").read_text())["rows"]
     assert {(row["nfe"], row["sampler"], row["seed"]) for row in rows} == {
         (nfe, name, 0) for nfe in (2, 3) for name in ("DDIM", "first", "second")

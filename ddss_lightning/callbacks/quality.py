@@ -214,7 +214,10 @@ class SampleQuality(Callback):
         place = os.path.relpath(folder, run_folder(trainer))
         self._is_of_another = trainer.strategy.broadcast(self._holds_another(trainer, folder, place))
         if self._is_of_another and not self.overwrite:
-            raise ValueError(f"'{folder}' already holds a sampler; give another dirpath or overwrite=True.")
+            raise ValueError(
+                f"'{folder}' already holds a sampler; give another dirpath or overwrite=True (on the command line "
+                "--quality.dirpath or --quality.overwrite=true)."
+            )
         self._place = place
 
     def _holds_another(self, trainer: Trainer, folder: Path, place: str) -> bool:
@@ -289,6 +292,7 @@ class SampleQuality(Callback):
         self.initial = self._score(trainer, pl_module, NOTHING_LEARNED) or {}
         rank_zero_info(f"initial sampler: {_line(self.initial)}")
         self._select(trainer, pl_module)
+        self._log(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the last sampler of a fit that ends here, before the last checkpoint is written, which then has it."""
@@ -296,11 +300,18 @@ class SampleQuality(Callback):
         if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for limit, reached in limits):
             self._score_last(trainer, pl_module, None)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the last sampler, where that was not done at the end of an epoch."""
+        self._score_last(trainer, pl_module, "the last steps are not scored")
+
+    def _is_unscored(self, trainer: Trainer) -> bool:
+        return bool(self.initial) and self._scored_step < trainer.global_step and self._validates(trainer)
+
     def _score_last(self, trainer: Trainer, module: LightningModule, if_told_to_stop: str | None) -> None:
         assert isinstance(module, SamplingModule)
-        unscored = self.initial and self._scored_step < trainer.global_step and self._validates(trainer)
-        if unscored and self._score(trainer, module, if_told_to_stop) is not None:
+        if self._is_unscored(trainer) and self._score(trainer, module, if_told_to_stop) is not None:
             self._select(trainer, module)
+            self._log(trainer)
 
     @staticmethod
     def _validates(trainer: Trainer) -> bool:
@@ -383,17 +394,29 @@ class SampleQuality(Callback):
         assert isinstance(pl_module, SamplingModule)
         if trainer.sanity_checking:
             return
+        fits = trainer.state.fn == "fit"
         for name, value in self._compute(trainer).items():
-            pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor)
-        if trainer.state.fn == "fit":
+            pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor, logger=not fits, sync_dist=True)
+        if fits:
             self._select(trainer, pl_module)
-            if self.best:
-                pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor])
+            self._log(trainer)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute and log."""
         for name, value in self._compute(trainer).items():
-            pl_module.log(f"test/{name}", value)
+            pl_module.log(f"test/{name}", value, sync_dist=True)
+
+    def _log(self, trainer: Trainer) -> None:
+        """Give the loggers the scores at the number of steps that they are of.
+
+        Lightning counts validations after the step that is under way, one behind, and knows none before the first step.
+        """
+        scores = {f"val/{name}": value for name, value in self.scores.items()}
+        if self.best:
+            scores[f"val/best_{self.monitor}"] = self.best[self.monitor]
+        for logger in trainer.loggers:
+            logger.log_metrics(scores, step=trainer.global_step)
+            logger.save()
 
     # ------------------------------------------------------------------------------------------------ selection
 
@@ -432,8 +455,11 @@ class SampleQuality(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its best sampler, and say what was reached and where it is."""
         assert isinstance(pl_module, SamplingModule)
-        # A fit that had nothing left to do but this, or no callback's turn at the end of an epoch, comes by here alone.
-        self._score_last(trainer, pl_module, "the last steps are not scored")
+        # A resumed fit that had nothing left to do but this comes by here alone, without its device.
+        if self._is_unscored(trainer):
+            pl_module.to(trainer.strategy.root_device)
+            self._score_last(trainer, pl_module, "the last steps are not scored")
+            pl_module.cpu()
         folder = self.folder(trainer)
         if not self.best and self.initial:
             rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")
@@ -456,9 +482,10 @@ class SampleQuality(Callback):
             f"best sampler: step {self.best_step}, {_line(self.best)} (initial: {_line(self.initial)}){where}"
         )
         if self.best_step == 0 and trainer.global_step:
+            last = f" (last step: {_line(self.scores)})" if self.scores else ""
             rank_zero_warn(
-                f"No step was better than the start: the sampler is the initial one, nothing was learned (last step: "
-                f"{_line(self.scores)}). Try lower learning rates, more steps, or a larger `num_val_images`."
+                f"No step was better than the start: the sampler is the initial one, nothing was learned{last}. Try "
+                "lower learning rates, more steps, or a larger `num_val_images`."
             )
 
     def _keep_unscored(self, trainer: Trainer, module: SamplingModule, folder: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import types
+import warnings
 
 import pytest
 import torch
@@ -47,9 +48,12 @@ def test_scores_and_pictures_reach_tensorboard(tmp_path):
     assert {"samples", "mu", "times"} <= set(tags["images"])
     # The table of hyperparameters shows the scores of the sampler that was kept.
     assert events.Scalars("best/fid")[-1].value == pytest.approx(quality.best["fid"], rel=1e-6)
-    assert len(events.Scalars("val/fid")) == 2
-    best = min([quality.initial["fid"], *(event.value for event in events.Scalars("val/fid"))])
-    assert quality.best["fid"] == pytest.approx(best, rel=1e-6)
+    # At the number of steps, as the pictures are; first the start.
+    found = {event.step: event.value for event in events.Scalars("val/fid")}
+    assert list(found) == [event.step for event in events.Scalars("val/best_fid")] == [0, 2, 4]
+    assert [event.step for event in events.Images("mu")] == [2, 4]
+    assert found[0] == pytest.approx(quality.initial["fid"], rel=1e-6)
+    assert found[quality.best_step] == min(found.values()) == pytest.approx(quality.best["fid"], rel=1e-6)
     folder = tmp_path / "tb" / "version_0"
     with Image.open(folder / "pictures" / "samples.png") as picture:
         assert picture.size == (4 * 17, 2 * 17)
@@ -157,6 +161,15 @@ def test_the_score_is_the_formula_on_the_held_out_noise(tmp_path):
     assert result["test/fid"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_scores_that_nobody_takes_are_told(tmp_path):
+    for run in ("validate", "test"):
+        with pytest.warns(UserWarning, match=r"No callback looks at the images: give the Trainer SampleQuality\(\)"):
+            assert getattr(trainer(tmp_path, 1), run)(make(), data(), verbose=False) == [{}]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="No callback looks")
+            assert getattr(trainer(tmp_path, 1, callbacks=[SampleQuality()]), run)(make(), data(), verbose=False)[0]
+
+
 def test_a_judge_looks_on(tmp_path):
     """The same fit with it and without; its score is the formula in its own features; a wrong shape is refused."""
     judge = ResidualFeatures(1, 8, 8)
@@ -165,7 +178,7 @@ def test_a_judge_looks_on(tmp_path):
         module = make()
         runner = trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False)
         runner.fit(module, data())
-    assert {"val/judge_fid", "val/judge_kid"} <= runner.logged_metrics.keys()
+    assert {"val/judge_fid", "val/judge_kid"} <= runner.callback_metrics.keys()
     assert not any(parameter.requires_grad for parameter in judge.parameters())
     assert alone.best.items() <= judged.best.items()
     assert all(torch.equal(value, judged.best_sampler[name]) for name, value in alone.best_sampler.items())
