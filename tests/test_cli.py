@@ -172,7 +172,14 @@ def test_fit_resume_validate_test_predict(tmp_path, caplog):
 
     main(quick("validate", tmp_path, f"--ckpt_path={checkpoint}", "--trainer.enable_checkpointing=false"))
     saved = f"--pretrained_sampler={version / 'sampler'}"
+    assert "nothing learned" not in caplog.text
+    main(quick("test", tmp_path))
+    assert "sampler: the recipe's, nothing learned; for a learned one --pretrained_sampler=FOLDER" in caplog.text
+    main(["validate", "-c", str(version / "config.yaml")])
+    assert f"sampler: the recipe's, nothing learned; for a learned one --pretrained_sampler='{version}'" in caplog.text
+    caplog.clear()
     main(quick("test", tmp_path, saved))
+    assert "nothing learned" not in caplog.text
     main(quick("predict", tmp_path, saved, "--data.num_predict_images=5", f"--images.output_dir={tmp_path / 'out'}"))
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert files == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
