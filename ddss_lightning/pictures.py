@@ -73,6 +73,11 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
         figure.savefig(partial, format="png", dpi=dpi)
 
 
+def score_title(name: str) -> str:
+    """How a score is written: `judge_fid` is "judge FID", `validation_images` "validation images"."""
+    return " ".join(word.upper() if word in ("fid", "kid", "is") else word for word in name.split("_"))
+
+
 def mu_figure(coefficients: Coefficients) -> Figure:
     """Heat map of mu and nu: row k says from what state k + 1 is made. Grey are the states that come later."""
     from matplotlib.figure import Figure
