@@ -14,12 +14,14 @@ from typing import Any
 import ddss_lightning.scheduler as scheduler_module
 from ddss_lightning.files import replacing, why_no_folder
 from ddss_lightning.ggdm import GGDMSampler
-from ddss_lightning.pictures import mu_figure, save_figure
+from ddss_lightning.pictures import mu_figure, save_figure, score_title
 from ddss_lightning.saved import CARD_NAME, WEIGHTS_NAME, read_card, saved_sampler
 from ddss_lightning.scheduler import GGDMScheduler
 
 # Of a sampler whose card says that it is step 0.
 NOTHING_LEARNED = "no step of the fit was better than its start: these are the numbers of the initial solver"
+# Of the table of steps.
+MARGINALS = "state x_k = a * image + std * noise; noise added: standard deviation of the noise that step k adds"
 # The name under which a pipeline's `model_index.json` refers to the copy of `ddss_lightning/scheduler.py`.
 MODULE_NAME = "scheduler.py"
 
@@ -116,18 +118,29 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
         raise ValueError(f"'{picture}' is already there; give another file or --overwrite=true.")
     source = saved_sampler(sampler)
     loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
-    print(loaded)
+    print(loaded, MARGINALS, sep="\n")
     _print_heat_map(loaded)
     base_model = card["base_model"]
     settings = ", ".join(f"{name} {value}" for name, value in base_model.get("settings", {}).items())
     print(f"learned for: {base_model.get('name', 'unknown')}{f' ({settings})' if settings else ''}")
-    print(f"scores: {json.dumps(card['scores'])}")
+    print(f"scores: {_in_words(card['scores'])}")
     if card["scores"].get("training_step") == 0:
         print(NOTHING_LEARNED)
     if picture:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         save_figure(mu_figure(loaded.coefficients()), picture)
         print(f"heat map: '{picture}'")
+
+
+def _in_words(scores: Any) -> str:  # noqa: ANN401 - whatever a card holds
+    """Nested scores on one line: names without underscores, numbers with four figures, `;` after a group."""
+    if isinstance(scores, float):
+        return f"{scores:.4g}" if abs(scores) < 1e4 else f"{scores:.0f}"
+    if not isinstance(scores, dict):
+        return str(scores)
+    groups = [f"{score_title(name)}: {_in_words(value)}" for name, value in scores.items() if isinstance(value, dict)]
+    plain = [f"{score_title(name)} {_in_words(value)}" for name, value in scores.items() if not isinstance(value, dict)]
+    return "; ".join([*groups, *([", ".join(plain)] if plain else [])])
 
 
 def _print_heat_map(sampler: GGDMSampler) -> None:

@@ -26,8 +26,8 @@ THUMBNAIL = 64
 
 
 def enlargement(height: int) -> int:
-    """By how much pixels are enlarged to be seen: 4 times for images of up to 16, 2 times at 32, not from 64 on."""
-    return min(4, max(1, 64 // height))
+    """By how much pixels are enlarged to be seen, so that an image is at least 64 high: 8 times at 8, once at 64."""
+    return -(-THUMBNAIL // height)
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -45,10 +45,11 @@ def image_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -
     Args:
         images: N at least 1; the last row is filled with white. Of two channels their mean is shown, of more than three
             the first three.
-        columns: images per row.
+        columns: images per row, at most.
         scale: whole-number enlargement of each pixel.
         gap: white pixels between images.
     """
+    columns = min(columns, len(images))
     visible = images.mean(1, keepdim=True) if images.shape[1] == 2 else images[:, :3]
     pixels = to_uint8(visible).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     pixels = torch.nn.functional.pad(pixels, (0, gap, 0, gap), value=255)
@@ -72,26 +73,38 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
         figure.savefig(partial, format="png", dpi=dpi)
 
 
+def score_title(name: str) -> str:
+    """How a score is written: `judge_fid` is "judge FID", `validation_images` "validation images"."""
+    return " ".join(word.upper() if word in ("fid", "kid", "is") else word for word in name.split("_"))
+
+
 def mu_figure(coefficients: Coefficients) -> Figure:
-    """Heat map of mu and nu: row k says from what state k + 1 is made."""
+    """Heat map of mu and nu: row k says from what state k + 1 is made. Grey are the states that come later."""
     from matplotlib.figure import Figure
 
     mu, nu = coefficients.mu.detach().cpu(), coefficients.nu.detach().cpu()
     num_steps = len(nu)
     table = torch.cat([mu.masked_fill(torch.ones_like(mu).triu(1).bool(), torch.nan), nu[:, None]], 1).numpy()
-    figure = Figure(figsize=(1.2 + 0.45 * (num_steps + 1), 1.2 + 0.4 * num_steps), layout="constrained")
+    # At least as wide as the title.
+    size = max(3.2, 1.2 + 0.45 * (num_steps + 1)), 1.2 + 0.4 * num_steps
+    # Cells are square: the constrained layout reckons with a wider plot, and cuts the labels of the rows.
+    figure = Figure(figsize=size, layout="compressed")
     axes = figure.subplots()
+    # A weight of zero is white.
+    axes.set_facecolor("0.85")
     limit = float(np.nanmax(np.abs(table)))
     picture = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
     if num_steps <= 10:
         for (row, column), value in np.ndenumerate(table):
             if np.isfinite(value):
                 colour = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+                # Adding zero takes the sign from -0.00.
+                text = f"{round(value, 2) + 0.0:.2f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     axes.set_xticks(range(num_steps + 1), [f"$x_{{{j}}}$" for j in range(num_steps)] + [r"$\hat x_0$"], fontsize=8)
     axes.set_yticks(range(num_steps), [f"$x_{{{k + 1}}}$" for k in range(num_steps)], fontsize=8)
     axes.set_title("weights of the states ($\\mu$) and of $\\hat x_0$ ($\\nu$)", fontsize=9)
-    figure.colorbar(picture)
+    figure.colorbar(picture).ax.tick_params(labelsize=8)
     return figure
 
 
@@ -241,7 +254,7 @@ def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure
 
     Args:
         grids: (title, images of shape (N, C, H, W) in [-1, 1], shown as `thumbnails`); long lines of titles are broken.
-        title: of the whole.
+        title: of the whole, broken likewise.
     """
     from matplotlib.figure import Figure
 
@@ -253,8 +266,19 @@ def comparison_figure(grids: Sequence[tuple[str, Tensor]], title: str) -> Figure
         axes.set_axis_off()
     for axes, (name, images) in zip(panels, grids, strict=False):
         small = thumbnails(images)
-        grid = image_grid(small, columns=8, scale=enlargement(small.shape[-2])).permute(1, 2, 0).numpy()
+        # Here pixels are seen anyway; enlarged further, the gaps between images would be too fine.
+        grid = image_grid(small, columns=8, scale=min(4, enlargement(small.shape[-2]))).permute(1, 2, 0).numpy()
         axes.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)))
         axes.set_title("\n".join(textwrap.fill(line, 30) for line in name.splitlines()), fontsize=11)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(_broken(title, figure, 12), fontsize=12)
     return figure
+
+
+def caption(figure: Figure, text: str) -> None:
+    """Small print below a figure, in as many lines as its width needs."""
+    figure.supxlabel(_broken(text, figure, 6), fontsize=6)
+
+
+def _broken(text: str, figure: Figure, fontsize: float) -> str:
+    """Text in lines that fit the width of a figure: a character is 0.65 of the font's size wide, or less."""
+    return textwrap.fill(text, int(figure.get_figwidth() * 72 / (0.65 * fontsize)))

@@ -1,6 +1,5 @@
 """`ddss export` and `ddss inspect` on saved samplers and on the output of fits."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from ddss_lightning.cli import main
+from ddss_lightning.commands import _in_words
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.saved import read_card, saved_sampler
 from ddss_lightning.scheduler import GGDMScheduler
@@ -30,8 +30,19 @@ def test_inspect_shows_steps_scores_and_draws(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "GGDMSampler: 5 network calls" in out
     assert "learned for: checkpoints/digits-ddpm" in out
-    assert json.loads(out.split("scores: ")[1].splitlines()[0])["validation_images"] == 4000
+    assert (
+        "scores: validation: FID 1.652, IS 9.556, KID -4.524; validation of initial sampler: FID 6.888, IS 9.477, "
+        "KID 8.492; validation images 4000, training step 30, seed 0\n"
+    ) in out
+    assert "state x_k = a * image + std * noise; noise added: standard deviation of the noise that step k adds" in out
     assert (tmp_path / "new" / "mu.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_scores_of_any_card_can_be_read():
+    scores = {"test": {"judge_fid": 0.0123456, "fid": 12345.678}, "num": 100000, "fid": float("nan"), "note": None}
+    assert _in_words(scores) == "test: judge FID 0.01235, FID 12346; num 100000, FID nan, note None"
+    assert _in_words({"a": {"b": 1}}) == "a: b 1"
+    assert _in_words({}) == ""
 
 
 @pytest.mark.parametrize(

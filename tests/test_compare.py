@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,9 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from ddss_lightning.cli import command_line, main
-from ddss_lightning.compare import Comparison, compare, parse
+from ddss_lightning.compare import Comparison, compare, parse, report
 from ddss_lightning.compare.candidates import Candidate, learned_candidates, solver_candidates
-from ddss_lightning.compare.report import markdown, starts
+from ddss_lightning.compare.report import markdown, not_in_table, short_table, starts
 from ddss_lightning.compare.scores import Scores
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
@@ -108,7 +109,7 @@ def test_what_it_writes(finished):
     assert said.startswith(f"ResidualFeatures ({network.fingerprint()}); spacings are chosen by the FID of")
     text = (folder / "table.md").read_text()
     assert "| FID | IS | KID |" in text
-    assert "| JUDGE FID | JUDGE KID | JUDGE PRECISION |" in text
+    assert "| judge FID | judge KID | judge precision |" in text
     assert f"| 5 | learned ({SAMPLER}) | learned |" in text
     assert "- pixels: clamped to [-1, 1], rounded to 256 levels" in text
 
@@ -366,9 +367,9 @@ def test_a_sampler_that_is_not_finite_is_a_word_in_the_table(tmp_path, denoiser,
         assert "not_finite" not in rows["DDIM", seed]
         assert rows["lear", seed]["not_finite"] == 60
         assert rows["lear", seed]["fid"] is rows["lear", seed]["recall"] is None
-    line = f"| 3 | learned ({tmp_path / 'broken'}) | learned | 120 of 120 images are not finite |  |"
-    assert line in capsys.readouterr().out
-    assert line in (tmp_path / "out" / "table.md").read_text()
+    cells = "3", f"learned ({tmp_path / 'broken'})", "learned", "120 of 120 images are not finite"
+    assert list(cells) in [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert f"| {' | '.join(cells)} |  |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "samples-3.png").is_file()
     before = (tmp_path / "out" / "table.json").read_bytes()
     monkeypatch.setattr("lightning.pytorch.Trainer.test", lambda *_, **__: pytest.fail("computed again"))
@@ -437,7 +438,12 @@ def test_two_processes_find_the_same_scores(finished, tmp_path, launcher):
         (["--data.num_test_images=7"], "does not look at --data.num_test_images; give --num_images"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--samplers", "nowhere"], "There is no folder 'nowhere'"),
-        (["--solvers", "--samplers", SAMPLER, "--steps", "7"], "Nothing to compare at [7] network calls"),
+        (["--solvers"], "Nothing to compare: give --solvers or --samplers"),
+        (["--solvers", "none"], "or all; --solvers without a name compares learned samplers only"),
+        (
+            ["--samplers", SAMPLER, "--steps", "3", "7"],
+            f"None of --samplers makes [3, 7] network calls ('{SAMPLER}' makes 5); give other --steps",
+        ),
         (["--solvers", "Heun", "--steps", "2"], "Nothing to compare: no solver makes [2] network calls"),
         (["--samplers", SAMPLER, SAMPLER], "is given 2 times; give every sampler once"),
         (
@@ -610,6 +616,54 @@ def test_small_scores_have_three_figures():
     assert "| 5 | DDIM | leading | 123.46 | 0.0123 |" in markdown([row], {"images": 10})
     # JSON has no NaN.
     assert "| 5 | DDIM | leading | 123.46 | nan |" in markdown([{**row, "judge_fid": None}], {"images": 10})
+
+
+def test_the_terminal_has_the_main_scores_in_columns():
+    row = {"sampler": "DDIM", "nfe": 5, "spacing": "leading", "fid": 123.456, "is": 9.0, "kid": -1.5, "judge_fid": 1.0}
+    rows = [{**row, "seed": 0}, {**row, "seed": 1}, {**row, "nfe": 10, "seed": 0}, {**row, "nfe": 10, "seed": 1}]
+    rows[1]["fid"] += 2
+    assert short_table(rows, 10).splitlines() == [
+        "calls  sampler  spacing  FID            KID           judge FID",
+        "-----  -------  -------  -------------  ------------  -----------",
+        "5      DDIM     leading  124.46 ± 1.41  -1.50 ± 0.00  1.00 ± 0.00",
+        "10     DDIM     leading  123.46 ± 0.00  -1.50 ± 0.00  1.00 ± 0.00",
+    ]
+    text = markdown(rows, {"images": 10})
+    assert text.startswith(
+        "| calls | sampler | spacing | FID | IS | KID | judge FID |\n|---|---|---|---|---|---|---|\n"
+    )
+
+
+def test_scores_that_are_no_rows_are_counted():
+    cells = [f"{name} | 5 | 0a | {split}/0 | 60" for name in ("a", "b", "c") for split in ("test", "validation")]
+    assert not_in_table(cells, cells[:1]) == "2 more scores in scores.json are not in this table\n"
+    assert not_in_table(cells, [cells[0], cells[2]]) == "1 more score in scores.json is not in this table\n"
+    assert not_in_table(cells, cells) == ""
+
+
+def test_a_smaller_selection_says_what_it_leaves_out(finished, tmp_path, capsys):
+    folder, flags = finished
+    shutil.copytree(folder, tmp_path / "out")
+    names = {path.name for path in folder.iterdir()}
+    flags = ["--steps", "5", "--solvers", "--samplers", SAMPLER, "--seeds", "3", "4", *flags[-2:]]
+    main(command(tmp_path / "out", *flags))
+    assert len(rows_of(tmp_path / "out")) == 2
+    # DDIM at two numbers of calls and Heun's method at one, of two seeds each.
+    said = "\n6 more scores in scores.json are not in this table\n"
+    assert (tmp_path / "out" / "table.md").read_text().endswith(said)
+    assert said in capsys.readouterr().out
+    assert "more score" not in (folder / "table.md").read_text()
+    assert (tmp_path / "out" / "scores.json").read_bytes() == (folder / "scores.json").read_bytes()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize(("seeds", "title"), [((0,), "same noise"), ((3, 4), "same noise, seed 3")])
+def test_grids_of_one_of_several_seeds_say_which(tmp_path, monkeypatch, seeds, title):
+    titles = []
+    original = report.comparison_figure
+    monkeypatch.setattr(report, "comparison_figure", lambda grids, text: titles.append(text) or original(grids, text))
+    main(command(tmp_path / "out", "--steps", "2", "--solvers", "DDIM", "--seeds", *map(str, seeds)))
+    assert titles == [f"2 network calls, {title}"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"protocol": {}, "cells": 3}'])

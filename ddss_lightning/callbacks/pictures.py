@@ -22,7 +22,7 @@ class SamplerPictures(Callback):
     Args:
         num_images: samples of the grid, taken from the first validation batch
             (at the end without one: the first of the validation noise).
-        columns: samples per row.
+        columns: samples per row, at most.
         scale: enlargement of the pixels; default: see `enlargement`.
 
     Raises:

@@ -71,11 +71,12 @@ class ImageWriter(Callback):
 
     def _problem(self, folder: Path) -> str:
         if folder.exists() and not folder.is_dir():
-            return "is a file; give another output_dir"
+            return "is a file; give another output_dir (`--images.output_dir`)"
         if why_no_folder(folder):
-            return "cannot be made or written to; give another output_dir"
+            return "cannot be made or written to; give another output_dir (`--images.output_dir`)"
         if folder.exists() and any(folder.iterdir()) and not self.overwrite:
-            return "is not empty; give another output_dir or overwrite=True"
+            options = "`--images.output_dir=FOLDER`, `--images.overwrite=true`"
+            return f"is not empty; give another output_dir or overwrite=True (on the command line {options})"
         return ""
 
     def on_predict_batch_end(  # noqa: D102 - Lightning's hook

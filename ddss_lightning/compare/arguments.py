@@ -56,7 +56,11 @@ def parse(args: list[str]) -> tuple[list[str], Comparison, list[str]]:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=default.steps, help="numbers of network calls")
     parser.add_argument(
-        "--solvers", nargs="*", default=default.solvers, help=f"of {', '.join(SOLVERS)}; or all", metavar="SOLVER"
+        "--solvers",
+        nargs="*",
+        default=default.solvers,
+        help=f"of {', '.join(SOLVERS)}; or all; without a name learned samplers only",
+        metavar="SOLVER",
     )
     parser.add_argument(
         "--samplers",

@@ -108,6 +108,13 @@ def _learned(module: SamplingModule, label: str, folder: str) -> Candidate:
     return Candidate(label, int(read_card(path)["nfe"]), "learned", module.sampler, folder)
 
 
+def _check_calls(learned: Sequence[Candidate], steps: Sequence[int]) -> None:
+    # Before the solvers are scored for hours: whoever names samplers wants to see them in the table.
+    if learned and not any(candidate.nfe in steps for candidate in learned):
+        calls = ", ".join(f"'{candidate.folder}' makes {candidate.nfe}" for candidate in learned)
+        raise ValueError(f"None of --samplers makes {list(steps)} network calls ({calls}); give other --steps.")
+
+
 # For each seed of the noise the placements of which the best is taken: for a solver always the same, for a learned
 # sampler one, which may differ between seeds.
 Contender = dict[int, list[Candidate]]
@@ -117,17 +124,17 @@ def contenders(module: SamplingModule, settings: Comparison) -> list[Contender]:
     """What is compared, by number of calls: a row of the table each.
 
     Raises:
-        ValueError: a sampler of another model, or nothing to compare.
+        ValueError: a sampler of another model, samplers of which none makes as many calls as asked for, or nothing to
+            compare.
     """
     learned = [
         {seed: [candidate] for seed, candidate in by_seed.items()}
         for by_seed in learned_candidates(module, settings.samplers, settings.seeds)
     ]
     first = settings.seeds[0]
-    if not settings.solver_names and not any(contender[first][0].nfe in settings.steps for contender in learned):
-        raise ValueError(
-            f"Nothing to compare at {list(settings.steps)} network calls: give --solvers or other --steps."
-        )
+    if not settings.solver_names and not learned:
+        raise ValueError("Nothing to compare: give --solvers or --samplers.")
+    _check_calls([contender[first][0] for contender in learned], settings.steps)
     found: list[Contender] = []
     said: set[str] = set()
     for nfe in settings.steps:

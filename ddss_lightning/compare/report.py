@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,31 +15,62 @@ from ddss_lightning.compare.candidates import Candidate
 from ddss_lightning.compare.scorer import Scorer
 from ddss_lightning.compare.settings import Comparison
 from ddss_lightning.files import replacing
-from ddss_lightning.pictures import comparison_figure, curves_figure, save_figure, thumbnails
+from ddss_lightning.pictures import caption, comparison_figure, curves_figure, save_figure, score_title, thumbnails
 
 # What a row of the table holds besides scores.
 ABOUT = ("sampler", "nfe", "spacing", "folder", "seed", "not_finite")
+# The scores that a terminal has room for.
+SHORT = ("fid", "kid", "judge_fid")
 
 
 def markdown(rows: list[dict[str, Any]], protocol: Mapping[str, Any]) -> str:
-    """One line a sampler and number of calls, mean over seeds (and standard deviation), and the protocol."""
-    metrics = [key for key in rows[0] if key not in ABOUT]
-    lines = [f"| calls | sampler | spacing | {' | '.join(name.upper().replace('_', ' ') for name in metrics)} |"]
-    lines.append("|---" * (3 + len(metrics)) + "|")
+    """All scores, see `_cells`, and the protocol."""
+    cells = _cells(rows, protocol["images"], [key for key in rows[0] if key not in ABOUT])
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    rule = "|---" * len(cells[0]) + "|"
+    notes = [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
+    seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in rows)))
+    return "\n".join([head, rule, *lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
+
+
+def short_table(rows: list[dict[str, Any]], num_images: int) -> str:
+    """The scores of `SHORT` in columns, see `_cells`."""
+    table = _cells(rows, num_images, [name for name in SHORT if name in rows[0]])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
+
+
+def _cells(rows: list[dict[str, Any]], num_images: int, metrics: Sequence[str]) -> list[list[str]]:
+    """The heads, and a line a sampler and number of calls: mean over seeds (and standard deviation)."""
+    lines = [["calls", "sampler", "spacing", *map(score_title, metrics)]]
     digits = {name: _digits([row[name] for row in rows]) for name in metrics}
     for key in dict.fromkeys((row["nfe"], row["sampler"], row["spacing"]) for row in rows):
         mine = [row for row in rows if (row["nfe"], row["sampler"], row["spacing"]) == key]
         not_finite = sum(row.get("not_finite", 0) for row in mine)
-        cells = [f"{not_finite} of {len(mine) * protocol['images']} images are not finite"] + [""] * len(metrics[1:])
+        cells = [f"{not_finite} of {len(mine) * num_images} images are not finite"] + [""] * len(metrics[1:])
         for column, name in enumerate([] if not_finite else metrics):
             # None stands for NaN, which JSON does not have.
             values = torch.tensor([math.nan if row[name] is None else row[name] for row in mine], dtype=torch.float64)
             spread = f" ± {float(values.std()):.{digits[name]}f}" if len(values) > 1 else ""
             cells[column] = f"{float(values.mean()):.{digits[name]}f}{spread}"
-        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
-    notes = [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
-    seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in rows)))
-    return "\n".join([*lines, "", "Protocol:", "", *notes, f"- seeds: {seeds}", ""])
+        lines.append([*map(str, key), *cells])
+    return lines
+
+
+def not_in_table(cells: Collection[str], shown_cells: Collection[str]) -> str:
+    """A line on the finished scores that are not rows of the table; "" if there are none.
+
+    Args:
+        cells: names of all finished scores, see `Scorer.key`.
+        shown_cells: those in the table.
+    """
+    # What spacings were chosen by is no row.
+    others = {key for key in cells if " | test/" in key} - set(shown_cells)
+    if not others:
+        return ""
+    what = "1 more score in scores.json is" if len(others) == 1 else f"{len(others)} more scores in scores.json are"
+    return f"{what} not in this table\n"
 
 
 def starts(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -> str:
@@ -98,7 +129,7 @@ def write(
     protocol: dict[str, Any],
     settings: Comparison,
 ) -> None:
-    """Write `table.md`, `table.json`, the pictures and TensorBoard's logs, and print the table.
+    """Write `table.md`, `table.json`, the pictures and TensorBoard's logs, and print the main scores.
 
     Args:
         rows: of the table, one a sampler, number of calls and seed: what it is (`ABOUT`), and its scores.
@@ -109,7 +140,9 @@ def write(
     """
     output = settings.output
     output.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(filter(None, [markdown(rows, protocol), starts(rows, candidates)]))
+    in_table = [scorer.key(each, row["seed"], "test") for row, each in zip(rows, candidates, strict=True)]
+    others = not_in_table(scorer.scores.cells, in_table)
+    text = "\n".join(filter(None, [markdown(rows, protocol), starts(rows, candidates), others]))
     with replacing(output / "table.md") as partial:
         partial.write_text(text)
     with replacing(output / "table.json") as partial:
@@ -117,21 +150,23 @@ def write(
     figures = {"fid": curves_figure(rows)}
     if "judge" in protocol:
         figures["judge_fid"] = curves_figure(rows, "judge_fid", "FID of the judge")
+    seed = settings.seeds[0]
+    which = f", seed {seed}" if len(settings.seeds) > 1 else ""
     for nfe in settings.steps:
-        seed = settings.seeds[0]
         mine = [(r, c) for r, c in zip(rows, candidates, strict=True) if (r["nfe"], r["seed"]) == (nfe, seed)]
         if mine:
             grids = [
                 (f"{row['sampler']}\nFID {shown(row['fid'])}", thumbnails(scorer.images(each, seed)))
                 for row, each in mine
             ]
-            figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise")
+            figures[f"samples-{nfe}"] = comparison_figure(grids, f"{nfe} network calls, same noise{which}")
     with SummaryWriter(str(output / "tensorboard")) as writer:
         for name, figure in figures.items():
             space = protocol["judge"].partition(";")[0] if name == "judge_fid" else protocol["features"]
-            figure.supxlabel(f"{protocol['images']} images, {space}, {protocol['pixels']}", fontsize=6)
+            caption(figure, f"{protocol['images']} images, {space}, {protocol['pixels']}")
             save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)
-    print(text)
+    print(short_table(rows, protocol["images"]), others, sep="\n")
+    print("the other scores and the protocol are in table.md")
     curves = ", ".join(f"{name}.png" for name in figures if name.endswith("fid"))
     print(f"wrote table.md, table.json, {curves}, samples-*.png, scores.json and tensorboard/ to '{output}'")

@@ -18,7 +18,7 @@ class Comparison:
 
     Args:
         steps: numbers of network calls.
-        solvers: names of `SOLVERS`; `["all"]` for all of them.
+        solvers: names of `SOLVERS`; `["all"]` for all of them; none for learned samplers only.
         samplers: folders of learned samplers, each as `FOLDER` or `LABEL=FOLDER`. Samplers of one label are one curve,
             each of another number of calls. `{seed}` in a folder stands for the seed of the noise: what was learned
             with a seed is scored on the test noise of that seed. A folder with `=` in its name is `./FOLDER`.
@@ -45,7 +45,10 @@ class Comparison:
     def __post_init__(self) -> None:
         unknown = [name for name in self.solvers if name not in SOLVERS and list(self.solvers) != ["all"]]
         if unknown:
-            raise ValueError(f"Unknown solver '{unknown[0]}'; choose any of {', '.join(SOLVERS)}, or all.")
+            raise ValueError(
+                f"Unknown solver '{unknown[0]}'; choose any of {', '.join(SOLVERS)}, or all; --solvers without a name "
+                "compares learned samplers only."
+            )
         # Precision and recall look at the five nearest neighbours.
         for name, least in {"num_images": 6, "selection_images": 2}.items():
             if getattr(self, name) < least:
