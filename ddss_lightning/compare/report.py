@@ -142,7 +142,8 @@ def write(
     output.mkdir(parents=True, exist_ok=True)
     in_table = [scorer.key(each, row["seed"], "test") for row, each in zip(rows, candidates, strict=True)]
     others = not_in_table(scorer.scores.cells, in_table)
-    text = "\n".join(filter(None, [markdown(rows, protocol), starts(rows, candidates), others]))
+    ends = list(filter(None, [starts(rows, candidates), others]))
+    text = "\n".join([markdown(rows, protocol), *ends])
     with replacing(output / "table.md") as partial:
         partial.write_text(text)
     with replacing(output / "table.json") as partial:
@@ -166,7 +167,7 @@ def write(
             caption(figure, f"{protocol['images']} images, {space}, {protocol['pixels']}")
             save_figure(figure, output / f"{name}.png", dpi=120)
             writer.add_figure(name, figure)
-    print(short_table(rows, protocol["images"]), others, sep="\n")
+    print(short_table(rows, protocol["images"]), *ends, sep="\n\n", end="\n")
     print("the other scores and the protocol are in table.md")
     curves = ", ".join(f"{name}.png" for name in figures if name.endswith("fid"))
     print(f"wrote table.md, table.json, {curves}, samples-*.png, scores.json and tensorboard/ to '{output}'")
