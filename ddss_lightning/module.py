@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.denoiser import DenoiserFeatures
-from ddss_lightning.frozen import check_gradient
+from ddss_lightning.frozen import check_gradient, check_tensor
 from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
@@ -231,7 +231,7 @@ class DDSSModule(SamplingModule):
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
             # A compiled one would be compiled once more, for one image.
             if getattr(denoiser, "compile_mode", None) is None:
-                output = denoiser(state, time)
+                output = check_tensor(denoiser(state, time), denoiser)
                 if output.shape != state.shape:
                     raise ValueError(
                         f"The denoiser '{denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
@@ -242,7 +242,8 @@ class DDSSModule(SamplingModule):
             seen += [part.features for part in self.loss.modules() if isinstance(part, InFeatures)]
             for network in seen:
                 mine = images.detach().to(network.dtype).requires_grad_()
-                check_gradient(network(mine), type(network).__name__, {"images": mine})
+                output = check_tensor(network(mine), network)
+                check_gradient(output, type(network).__name__, {"images": mine})
 
     def _check_model_features(self) -> None:
         """Say so where the loss sees with the network of another model: a path can be changed in one place alone."""

@@ -477,12 +477,18 @@ class TwiceAsWide(DiffusersDenoiser):
         return torch.cat([x_t, super().forward(x_t, timestep)], -1)
 
 
+class AsDiffusers(DiffusersDenoiser):
+    def forward(self, x_t, timestep):
+        return self.unet(x_t, timestep)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (NoGradient, "digits-ddpm' has no gradient with respect to the state, through which the sampler is learned"),
         (WholeTimes, "digits-ddpm' has no gradient with respect to the timestep"),
         (TwiceAsWide, r"returns shape \(1, 1, 8, 16\) for states of shape \(1, 1, 8, 8\)"),
+        (AsDiffusers, "digits-ddpm' returns UNet2DOutput, it must return a tensor: `.sample` of it"),
     ],
 )
 def test_a_network_that_cannot_be_learned_through_is_refused_before_scoring(tmp_path, kind, message):
