@@ -24,7 +24,7 @@ from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
-from ddss_lightning.losses.base import SampleLoss, Samples, every_loss
+from ddss_lightning.losses.base import SampleLoss, Samples, check_needs, every_loss
 from ddss_lightning.losses.elsewhere import InFeatures
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
@@ -32,7 +32,7 @@ from ddss_lightning.losses.slope import slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for
 from ddss_lightning.precision import full_precision
 from ddss_lightning.replay import Replay
-from ddss_lightning.sampling import LARGE, SamplingModule
+from ddss_lightning.sampling import LARGE, SamplingModule, check_kind
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherPairs
 from ddss_lightning.teacher_batches import TeacherBatches
@@ -149,6 +149,8 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
+        check_kind("loss", self.loss, SampleLoss, "such as KIDLoss(), or a subclass of your own")
+        check_needs(self.loss)
         for part in self.loss.modules():
             if isinstance(part, FeatureExtractor) and tuple(part.image_shape) != tuple(denoiser.image_shape):
                 raise ValueError(

@@ -23,7 +23,7 @@ ALLOWED = {
     "features": {"denoisers", "files", "frozen"},
     "losses": {"features", "frozen"},
     "metrics": {"features", "files", "losses", "precision"},
-    "denoisers": {"files", "frozen", "noise", "schedule", "scheduler"},
+    "denoisers": {"coefficients", "files", "frozen", "noise", "schedule", "scheduler"},
     "solvers": {"schedule", "coefficients"},
     "remat": {"frozen"},
     "unroll": {"coefficients", "frozen", "remat"},

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from safetensors.torch import save_file
@@ -542,15 +543,71 @@ def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
             return images.flatten(1)
 
     sampler = GGDMSampler(denoiser.schedule, 3)
-    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; set image_shape in its __init__"):
+    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; a FeatureExtractor sets image"):
         DDSSModule(denoiser, sampler, Bare())
 
     class Half(Denoiser):
         def forward(self, x_t, timestep):
             return x_t
 
-    with pytest.raises(ValueError, match="Half has no attribute `name`; set name, schedule, prediction_type, image_sh"):
+    with pytest.raises(ValueError, match="Half has no attribute `name`; a Denoiser sets name, schedule, prediction"):
         DDSSModule(Half(), sampler, features)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"denoiser": torch.nn.Linear(2, 2)}, r"denoiser must be a Denoiser, got Linear; DiffusersDenoiser\.from_pre"),
+        ({"sampler": DDIMScheduler()}, r"sampler must be a GGDMSampler, got DDIMScheduler; GGDMSampler\.from_sched"),
+        ({"features": torch.nn.Linear(2, 2)}, "features must be a FeatureExtractor, got Linear; ModuleFeatures"),
+        ({"loss": "kid"}, r"loss must be a SampleLoss, got str; such as KIDLoss\(\)"),
+        ({"loss": KIDLoss}, "loss must be a SampleLoss, got the class KIDLoss"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(denoiser, features, wrong, message):
+    parts = {"denoiser": denoiser, "sampler": GGDMSampler(denoiser.schedule, 3), "features": features}
+    with pytest.raises(ValueError, match=message):
+        DDSSModule(**{**parts, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"featurs"}, "Own.needs: unknown 'featurs'; choose any of features, images, real, target, target_features"),
+        ({"real"}, "Sum.needs holds neither 'features' nor 'images', .*; got real"),
+        ("features", "Own.needs must be a set of names, such as {'features'}, got 'features'"),
+    ],
+)
+def test_a_loss_that_needs_what_is_not_there_is_refused(needs, message):
+    """After the first scores it failed with an index out of range."""
+
+    class Own(SampleLoss):
+        def forward(self, samples):
+            return samples["features"].mean()
+
+    class Sum(WeightedSum):
+        pass
+
+    loss = Own()
+    loss.needs = needs
+    with pytest.raises(ValueError, match=message):
+        make(loss=Sum({"own": loss}) if needs != "features" else loss)
+
+
+def test_a_latent_model_without_decode_is_told_before_scoring(tmp_path):
+    class Latent(DiffusersDenoiser):
+        state_shape = (1, 4, 4)
+
+    denoiser = Latent.from_pretrained(DDPM)
+    denoiser.forward = lambda x_t, timestep: x_t * timestep.view(-1, 1, 1, 1)
+    module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 3), ConvFeatures.from_pretrained(FEATURES))
+    module.validation_step = lambda *_: pytest.fail("a sampler was scored")
+    message = r"`decode` of .* makes images of shape \(1, 4, 4\) from states .*, its image_shape is \(1, 8, 8\); a l"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
+    denoiser.decode = lambda x_0: (x_0,)
+    with pytest.raises(ValueError, match=r"`decode` of the denoiser .* returns tuple, it must return a tensor"):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
 
 
 def test_too_few_teacher_pairs_are_told_before_scoring(tmp_path):
