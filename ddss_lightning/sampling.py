@@ -239,7 +239,8 @@ class SamplingModule(LightningModule):
             number += len(images)
             lowest, highest = min(lowest, float(images.min())), max(highest, float(images.max()))
             with full_precision(self.device.type):
-                parts.append(features(images.to(device=self.device, dtype=features.dtype)))
+                output = features(images.to(device=self.device, dtype=features.dtype))
+            parts.append(features.check_output(output))
         if number < 2:
             raise ValueError(f"FID and KID need at least two real images, got {number}.")
         if lowest >= 0 and highest > 0.5:

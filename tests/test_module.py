@@ -537,6 +537,36 @@ def test_a_loss_of_one_s_own_is_told_what_it_lacks(tmp_path, needs, loss, messag
         trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
 
 
+@pytest.mark.parametrize(
+    ("make_features", "message"),
+    [
+        (lambda x: x.flatten(1), r"Own returns features of shape \(500, 64\), its num_features is 10"),
+        (lambda x: (x,), "Own r"),
+    ],
+)
+def test_features_of_another_length_than_they_say_are_refused(make_features, message):
+    class Own(FeatureExtractor):
+        image_shape, num_features = (1, 8, 8), 10
+
+        def forward(self, images):
+            return make_features(images)
+
+    module = make()
+    module._trainer = SimpleNamespace(datamodule=DigitsDataModule(), is_global_zero=True)
+    with pytest.raises(ValueError, match=message):
+        module.encode_real(Own())
+
+
+def test_a_sampler_of_another_model_is_refused_without_a_word_on_its_settings(tmp_path):
+    module = make()
+    base_model = {**module.base_model, "fingerprint": "0" * 16, "settings": {"guidance_scale": 2.0}}
+    module.sampler.save_pretrained(tmp_path, base_model=base_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"was learned for '.*' \(fingerprint 0000"):
+            module.load_sampler(tmp_path)
+
+
 def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
     class Bare(FeatureExtractor):
         def forward(self, images):
