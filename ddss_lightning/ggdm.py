@@ -68,8 +68,8 @@ class GGDMSampler(nn.Module):
         prediction_type: what the network predicts, see `prediction_pair`.
 
     Raises:
-        ValueError: an argument outside its range, `learn` of something that does not exist, a scheduler that is not a
-            GGDM.
+        ValueError: an argument outside its range, a schedule that is no `NoiseSchedule`, `learn` of something that does
+            not exist, a scheduler that is not a GGDM.
 
     References:
         Watson et al., ICLR 2022, https://arxiv.org/abs/2202.05830, section 4.
@@ -390,7 +390,8 @@ class GGDMSampler(nn.Module):
             x_0, shape (N, C, H, W), not clamped.
 
         Raises:
-            ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; wrong noise or remat.
+            ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; it returns no tensor; wrong
+                noise or remat.
         """
         self.check_denoiser(denoiser)
         coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()

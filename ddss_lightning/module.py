@@ -149,7 +149,7 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
-        check_kind("loss", self.loss, SampleLoss, "such as KIDLoss(), or a subclass of your own")
+        check_kind("loss", self.loss, SampleLoss, "give one such as KIDLoss()")
         check_needs(self.loss)
         for part in self.loss.modules():
             if isinstance(part, FeatureExtractor) and tuple(part.image_shape) != tuple(denoiser.image_shape):
@@ -199,7 +199,7 @@ class DDSSModule(SamplingModule):
 
         Raises:
             ValueError: too few teacher pairs, a teacher that cannot be; a network of one's own that lets no gradient
-                through.
+                through, or returns something else than it must.
         """
         self._skipped_step = -1
         if self.trainer.ckpt_path is None and not self.global_step:

@@ -590,7 +590,7 @@ def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
         ({"denoiser": torch.nn.Linear(2, 2)}, r"denoiser must be a Denoiser, got Linear; DiffusersDenoiser\.from_pre"),
         ({"sampler": DDIMScheduler()}, r"sampler must be a GGDMSampler, got DDIMScheduler; GGDMSampler\.from_sched"),
         ({"features": torch.nn.Linear(2, 2)}, "features must be a FeatureExtractor, got Linear; ModuleFeatures"),
-        ({"loss": "kid"}, r"loss must be a SampleLoss, got str; such as KIDLoss\(\)"),
+        ({"loss": "kid"}, r"loss must be a SampleLoss, got str; give one such as KIDLoss\(\)"),
         ({"loss": KIDLoss}, "loss must be a SampleLoss, got the class KIDLoss"),
     ],
 )
