@@ -165,6 +165,22 @@ class ImportedAnchor(nn.Module):
         )
 
 
+def given_options(anchor: Mapping[str, Any]) -> dict[str, Any]:
+    """An anchor without the options that are null.
+
+    Raises:
+        ValueError: `init_args`, `set_timesteps` or `step` that are no mapping.
+    """
+    # The command line makes 'None' of the null in `--sampler.anchor.set_timesteps=null`.
+    given = {name: value for name, value in anchor.items() if value not in (None, "None", "null")}
+    for name in ("init_args", "set_timesteps", "step"):
+        if not isinstance(given.get(name, {}), Mapping):
+            raise ValueError(
+                f"anchor: {name} must be a mapping from arguments to values, such as {{num: 3}}, got {given[name]!r}."
+            )
+    return given
+
+
 def import_anchor(
     anchor: Mapping[str, Any], schedule: NoiseSchedule, num_steps: int, prediction_type: PredictionType
 ) -> Coefficients:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -32,6 +33,7 @@ from ddss_lightning.commands import COMMANDS
 from ddss_lightning.compare import Comparison, compare, parse
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
+from ddss_lightning.denoisers.base import check_complete
 from ddss_lightning.features import FeatureExtractor
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.losses import SampleLoss
@@ -50,6 +52,17 @@ GO_ON = {
 }
 # What Lightning resolves in `ckpt_path`, such as `registry:model`.
 KEYWORDS = ("last", "best", "hpc", "registry")
+# Errors that say what was wrong; of any other, such as the KeyError of a network of one's own, the kind says most.
+EXPLAINED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+    ArithmeticError,
+    ArgumentError,
+    MisconfigurationException,
+)
 # Indices of noise need no worker processes, frozen networks are in evaluation mode on purpose, a short epoch is normal.
 EXPECTED = (
     ".*does not have many workers.*",
@@ -63,22 +76,13 @@ EXPECTED = (
 
 
 def _schedule(denoiser: Denoiser) -> NoiseSchedule:
-    _check_complete(denoiser)
+    check_complete(denoiser)
     return denoiser.schedule
 
 
 def _prediction_type(denoiser: Denoiser) -> str:
-    _check_complete(denoiser)
+    check_complete(denoiser)
     return denoiser.prediction_type
-
-
-def _check_complete(denoiser: Denoiser) -> None:
-    for name in ("schedule", "prediction_type"):
-        if not hasattr(denoiser, name):
-            raise ValueError(
-                f"{type(denoiser).__name__} has no attribute `{name}`; a Denoiser sets name, schedule, prediction_type "
-                "and image_shape in its __init__."
-            )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -402,6 +406,8 @@ def _one_line(error: Exception) -> str:
     # A part of the recipe: its class is not there, or does not take these arguments.
     problem = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a <class 'NoneType'>", report)
     value = re.search(r"(?:Got|Given) value: (\S+)", report)
+    if problem and value and problem[1].startswith("Expected a dot import path string"):
+        return f"{key}: expected a class by its import path, or values by name (--{key}.NAME=...), got {value[1]}."
     if problem and value and problem[1].endswith("Sequence'>"):
         return f"{key}: expected a list, such as [{value[1]}], got {value[1]}."
     if problem and not re.search("(Given|Got) value", problem[1]):
@@ -410,7 +416,9 @@ def _one_line(error: Exception) -> str:
     if 'Parser key "' not in message or not expected or not value:
         ours = re.search(r"Union subtypes .* Errors: - (.*?) - Expected a <class 'NoneType'>", message)
         return ours[1] if ours else message
-    return f"{key}: expected {expected[1].replace('Literal', 'one of ')}, got {value[1]}."
+    # An anchor.
+    by_class = "; a scheduler of diffusers is named by class_path" * ("- Expected a <class 'dict'>" in report)
+    return f"{key}: expected {expected[1].replace('Literal', 'one of ')}, got {value[1]}{by_class}."
 
 
 def command_line(args: list[str] | None = None, run: bool = True) -> DDSSCommandLine:
@@ -497,7 +505,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("DDSS_TRACEBACK"):
             raise
-        print(f"ddss: error: {_one_line(error)} (DDSS_TRACEBACK=1 shows where)", file=sys.stderr)
+        kind = "" if isinstance(error, EXPLAINED) else f"{type(error).__name__}: "
+        print(f"ddss: error: {kind}{_one_line(error)} (DDSS_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -60,6 +60,28 @@ class Frozen(nn.Module):
         return digest.hexdigest()[:16]
 
 
+def check_tensor(output: object, network: object, method: str = "") -> Tensor:
+    """The output of a network of one's own, if it is a tensor, and not what diffusers' networks return.
+
+    Args:
+        output: what it returned.
+        network: for the message; of a denoiser, the name.
+        method: in the message, where it is not the call of the network.
+
+    Raises:
+        ValueError: it is no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    kind = getattr(network, "__name__", type(network).__name__)
+    who = f"denoiser '{network.name}'" if hasattr(network, "name") else f"network {kind}"
+    part = ": `.sample` of it" if hasattr(output, "sample") else ": `[0]` of it" * isinstance(output, (tuple, list))
+    raise ValueError(
+        f"{f'`{method}` of the' if method else 'The'} {who} returns {type(output).__name__}, it must return a tensor"
+        f"{part}."
+    )
+
+
 def check_gradient(output: Tensor, name: str, inputs: dict[str, Tensor]) -> None:
     """Make sure that a network of one's own can be differentiated through.
 

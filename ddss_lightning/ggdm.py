@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, import_anchor
+from ddss_lightning.anchors import FormulaAnchor, ImportedAnchor, given_options, import_anchor
 from ddss_lightning.coefficients import ROUNDING, Coefficients, PredictionType, prediction_pair
 from ddss_lightning.probing import is_learned, probe
 from ddss_lightning.remat import Remat
 from ddss_lightning.saved import CARD_NAME, WEIGHTS_NAME, read_card, read_numbers, saved_sampler, write
-from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
+from ddss_lightning.schedule import NoiseSchedule, check_schedule, own_config, scheduler_prediction_type
 from ddss_lightning.solvers import Solver, Stride, first_timestep, magnitude, stride_timesteps
 from ddss_lightning.unroll import Network, unroll
 
@@ -68,8 +68,8 @@ class GGDMSampler(nn.Module):
         prediction_type: what the network predicts, see `prediction_pair`.
 
     Raises:
-        ValueError: an argument outside its range, `learn` of something that does not exist, a scheduler that is not a
-            GGDM.
+        ValueError: an argument outside its range, a schedule that is no `NoiseSchedule`, `learn` of something that does
+            not exist, a scheduler that is not a GGDM.
 
     References:
         Watson et al., ICLR 2022, https://arxiv.org/abs/2202.05830, section 4.
@@ -88,6 +88,7 @@ class GGDMSampler(nn.Module):
         prediction_type: PredictionType = "epsilon",
     ) -> None:
         super().__init__()
+        check_schedule(schedule)
         if parametrization not in get_args(Parametrization):
             raise ValueError(
                 f"Unknown parametrization '{parametrization}'; choose one of {', '.join(get_args(Parametrization))}."
@@ -101,6 +102,8 @@ class GGDMSampler(nn.Module):
                 f"anchor: to start from a {type(anchor).__name__} use GGDMSampler.from_scheduler(scheduler, num_steps)."
             )
         imported = isinstance(anchor, Mapping)
+        if isinstance(learn, str):
+            raise ValueError(f"learn must be a list of names, such as ['{learn}'], got '{learn}'.")
         known = [name for name in DEGREES if name != "logsnr" or (parametrization == "anchored" and not imported)]
         for name in learn or ():
             if name not in known:
@@ -167,6 +170,7 @@ class GGDMSampler(nn.Module):
                 "eta, stride and timesteps belong to the anchors 'ddim' and 'dpmpp_2m'; the options of a diffusers "
                 "scheduler go to the anchor's init_args, set_timesteps and step."
             )
+        anchor = given_options(anchor)
         coefficients = import_anchor(anchor, self.schedule, config["num_steps"], config["prediction_type"])
         config["anchor"] = {**_plain(anchor), "coefficients": coefficients.to_lists()}
         if config["parametrization"] == "ggdm" and "pred" not in config["learn"]:
@@ -386,7 +390,8 @@ class GGDMSampler(nn.Module):
             x_0, shape (N, C, H, W), not clamped.
 
         Raises:
-            ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; wrong noise or remat.
+            ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; it returns no tensor; wrong
+                noise or remat.
         """
         self.check_denoiser(denoiser)
         coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()

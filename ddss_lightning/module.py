@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
 from ddss_lightning.features.denoiser import DenoiserFeatures
-from ddss_lightning.frozen import check_gradient
+from ddss_lightning.frozen import check_gradient, check_tensor
 from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.images import to_pixels
-from ddss_lightning.losses.base import SampleLoss, Samples, every_loss
+from ddss_lightning.losses.base import SampleLoss, Samples, check_needs, every_loss
 from ddss_lightning.losses.elsewhere import InFeatures
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
@@ -32,7 +32,7 @@ from ddss_lightning.losses.slope import slope_by_parts
 from ddss_lightning.noise import batch_noise, draw_noise, generator_for
 from ddss_lightning.precision import full_precision
 from ddss_lightning.replay import Replay
-from ddss_lightning.sampling import LARGE, SamplingModule
+from ddss_lightning.sampling import LARGE, SamplingModule, check_kind
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherPairs
 from ddss_lightning.teacher_batches import TeacherBatches
@@ -149,6 +149,8 @@ class DDSSModule(SamplingModule):
         self.save_hyperparameters({name: dataclasses.asdict(each) for name, each in settings.items() if each})
         self.gauss_newton, self.teacher = gauss_newton, teacher
         self.loss = KIDLoss() if loss is None else loss
+        check_kind("loss", self.loss, SampleLoss, "give one such as KIDLoss()")
+        check_needs(self.loss)
         for part in self.loss.modules():
             if isinstance(part, FeatureExtractor) and tuple(part.image_shape) != tuple(denoiser.image_shape):
                 raise ValueError(
@@ -197,7 +199,7 @@ class DDSSModule(SamplingModule):
 
         Raises:
             ValueError: too few teacher pairs, a teacher that cannot be; a network of one's own that lets no gradient
-                through.
+                through, or returns something else than it must.
         """
         self._skipped_step = -1
         if self.trainer.ckpt_path is None and not self.global_step:
@@ -231,7 +233,7 @@ class DDSSModule(SamplingModule):
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
             # A compiled one would be compiled once more, for one image.
             if getattr(denoiser, "compile_mode", None) is None:
-                output = denoiser(state, time)
+                output = check_tensor(denoiser(state, time), denoiser)
                 if output.shape != state.shape:
                     raise ValueError(
                         f"The denoiser '{denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
@@ -242,7 +244,8 @@ class DDSSModule(SamplingModule):
             seen += [part.features for part in self.loss.modules() if isinstance(part, InFeatures)]
             for network in seen:
                 mine = images.detach().to(network.dtype).requires_grad_()
-                check_gradient(network(mine), type(network).__name__, {"images": mine})
+                output = check_tensor(network(mine), network)
+                check_gradient(output, type(network).__name__, {"images": mine})
 
     def _check_model_features(self) -> None:
         """Say so where the loss sees with the network of another model: a path can be changed in one place alone."""

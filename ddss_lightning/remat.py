@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddss_lightning.frozen import check_tensor
+
 UNITS = {"": 1, "B": 1, **{f"{k}B": 1000**i for i, k in enumerate("kMGT", 1)}}
 UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", 1)}
 CHOICES = "none, denoiser, every(n), budget(bytes), each with '+offload' or without"
@@ -151,7 +153,7 @@ def measured_call(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, timest
         return value.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        output = network(x.detach().requires_grad_(), timestep.detach())
+        output = check_tensor(network(x.detach().requires_grad_(), timestep.detach()), network)
     return output.detach(), sum(kept.values()) if output.requires_grad else 0
 
 

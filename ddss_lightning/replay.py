@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.frozen import check_tensor
 from ddss_lightning.unroll import Network, multiply_add, network_times, noises_used, step_weights
 
 
@@ -69,7 +70,7 @@ class Replay:
             timestep, output_weight = numbers[k, :2]
             state_weights, noise_weights = numbers[k, 2:].chunk(2)
             if output is None or k > first:
-                output = self.network(x, timestep.expand(len(x))).to(x.dtype)
+                output = check_tensor(self.network(x, timestep.expand(len(x))), self.network).to(x.dtype)
                 self.num_calls += 1
             outputs.append(output)
             x = multiply_add(output_weight * output, state_weights[: k + 1], states[: k + 1])

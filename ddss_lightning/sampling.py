@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ddss_lightning.denoisers.base import Denoiser, check_takes_turns
+from ddss_lightning.denoisers.base import Denoiser, check_complete, check_takes_turns
 from ddss_lightning.features.base import FeatureExtractor, check_images
 from ddss_lightning.features.kept import KeptFeatures, agree
 from ddss_lightning.ggdm import Degree, GGDMSampler
@@ -78,16 +78,15 @@ class SamplingModule(LightningModule):
 
     @staticmethod
     def _check_parts(denoiser: Denoiser, sampler: GGDMSampler, features: FeatureExtractor) -> None:
-        wanted = {
-            denoiser: ("name", "schedule", "prediction_type", "image_shape"),
-            features: ("image_shape", "num_features"),
-        }
-        for part, names in wanted.items():
-            missing = [name for name in names if not hasattr(part, name)]
-            if missing:
+        check_kind("denoiser", denoiser, Denoiser, "DiffusersDenoiser.from_pretrained(path) loads a model of diffusers")
+        check_kind("sampler", sampler, GGDMSampler, "GGDMSampler.from_scheduler(scheduler, num_steps) reads one")
+        check_kind("features", features, FeatureExtractor, "ModuleFeatures(network, image_shape) wraps a network")
+        check_complete(denoiser)
+        for name in ("image_shape", "num_features"):
+            if not hasattr(features, name):
                 raise ValueError(
-                    f"{type(part).__name__} has no attribute `{missing[0]}`; set {', '.join(names)} in its __init__, "
-                    f"see {type(part).__mro__[1].__name__}."
+                    f"{type(features).__name__} has no attribute `{name}`; a FeatureExtractor sets image_shape and "
+                    "num_features in its __init__."
                 )
         if tuple(denoiser.image_shape) != tuple(features.image_shape):
             raise ValueError(
@@ -110,12 +109,12 @@ class SamplingModule(LightningModule):
         """
         sampler, base_model = GGDMSampler.from_pretrained(pretrained_path), read_card(pretrained_path)["base_model"]
         self._check_parts(self.denoiser, sampler, self.features)
-        self._compare_settings(pretrained_path, base_model.get("settings"))
         if base_model.get("fingerprint", self.denoiser.fingerprint()) != self.denoiser.fingerprint():
             raise ValueError(
                 f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
                 f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
             )
+        self._compare_settings(pretrained_path, base_model.get("settings"))
         degrees = [name for name in learn if name != "logsnr"]
         if degrees and not sampler.corrections:
             sampler = GGDMSampler.from_coefficients(
@@ -241,7 +240,8 @@ class SamplingModule(LightningModule):
             number += len(images)
             lowest, highest = min(lowest, float(images.min())), max(highest, float(images.max()))
             with full_precision(self.device.type):
-                parts.append(features(images.to(device=self.device, dtype=features.dtype)))
+                output = features(images.to(device=self.device, dtype=features.dtype))
+            parts.append(features.check_output(output))
         if number < 2:
             raise ValueError(f"FID and KID need at least two real images, got {number}.")
         if lowest >= 0 and highest > 0.5:
@@ -374,6 +374,17 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 f"The checkpoint holds another sampler ({pairs}); resume with the recipe it was started with."
             )
+
+
+def check_kind(name: str, part: object, kind: type, remedy: str) -> None:
+    """Make sure that an argument is what it is called.
+
+    Raises:
+        ValueError: it is no instance of `kind`; `remedy` says how to get one.
+    """
+    if not isinstance(part, kind):
+        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+        raise ValueError(f"{name} must be a {kind.__name__}, got {got}; {remedy}.")
 
 
 def _length(loader: Any) -> int:  # noqa: ANN401

@@ -171,6 +171,19 @@ class NoiseSchedule(nn.Module):
         return self
 
 
+def check_schedule(schedule: object, name: str = "schedule") -> None:
+    """Make sure that it is a `NoiseSchedule`, not a scheduler or the betas.
+
+    Raises:
+        ValueError: it is none; `name` says what was given.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"{name} must be a NoiseSchedule, got {type(schedule).__name__}; use "
+            "NoiseSchedule.from_scheduler(scheduler), with a scheduler of diffusers that has the model's betas."
+        )
+
+
 def own_config(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers has no common base
     """The options of a scheduler that its class has, or one that it is made from.
 

@@ -200,11 +200,7 @@ class TeacherPairs:
             if told_to_stop():
                 break
             images = images_of(chunk)
-            if not images.isfinite().all():
-                raise ValueError(
-                    f"The teacher makes images that are not finite, of the pairs {chunk.start} to {chunk.stop - 1}; "
-                    "nothing was kept of them. Look for NaN in the model's weights, or take another teacher."
-                )
+            _check_made(images, chunk)
             with replacing(path) as partial:
                 save_file(
                     {"images": to_uint8(to_pixels(images)).cpu().contiguous()}, partial, metadata=self.key(denoiser)
@@ -220,7 +216,10 @@ class TeacherPairs:
                     kept = file.get_slice("images")[:FEW]
             except (SafetensorError, OSError):  # not made yet; what is damaged, `load` refuses
                 continue
-            again = to_uint8(to_pixels(images_of(chunk[: len(kept)]))).cpu()
+            images = images_of(chunk[: len(kept)])
+            # The code of the model may have changed in this way, too; but then new ones would be no better.
+            _check_made(images, chunk[: len(kept)])
+            again = to_uint8(to_pixels(images)).cpu()
             error = float((again.float() - kept.float()).abs().mean()) if again.shape == kept.shape else 255.0
             if not error <= LARGEST_ERROR:
                 raise ValueError(
@@ -311,6 +310,14 @@ class TeacherImages:
         size = len(self.chunks[0])
         found = torch.stack([self.chunks[index // size][index % size] for index in indices])
         return found.float() / 127.5 - 1
+
+
+def _check_made(images: Tensor, pairs: range) -> None:
+    if not images.isfinite().all():
+        raise ValueError(
+            f"The teacher makes images that are not finite, of the pairs {pairs.start} to {pairs.stop - 1}; nothing "
+            "was kept of them. Look for NaN in the model's weights, or take another teacher."
+        )
 
 
 def _digest(value: Any) -> str:  # noqa: ANN401 - whatever JSON holds

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.coefficients import Coefficients
+from ddss_lightning.frozen import check_tensor
 from ddss_lightning.remat import Offload, Remat, measured_call
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +43,8 @@ def unroll(
         The last state, x_0, shape (N, C, H, W). A warning says if it is not finite.
 
     Raises:
-        ValueError: an unknown `remat`, noise of a wrong shape, or none where the sampler adds noise.
+        ValueError: an unknown `remat`, noise of a wrong shape, or none where the sampler adds noise; a network that
+            does not return a tensor.
     """
     policy = Remat.parse(remat)
     num_steps = coefficients.num_steps
@@ -102,7 +104,7 @@ def _differentiable(
 
     def weighted_output(x: Tensor, timestep: Tensor, weight: Tensor) -> Tensor:
         # The product is computed again with the call: its gradient needs the output, which then is not kept either.
-        return weight * network(x, timestep).to(x_T.dtype)
+        return weight * check_tensor(network(x, timestep), network).to(x_T.dtype)
 
     with offload or contextlib.nullcontext():
         states, noises = [keep(coefficients.init_noise_sigma.to(x_T) * x_T)], []
@@ -166,7 +168,8 @@ def _fused(network: Network, coefficients: Coefficients, x_T: Tensor, noise: Ten
         noise = noise.to(x_T)
     torch.mul(coefficients.init_noise_sigma.to(x_T), x_T, out=states[0])
     for k, x_next in enumerate((*states[1:], x_0)):
-        update = output_weights[k] * network(states[k], timesteps[k].expand(num)).to(x_T.dtype)
+        output = check_tensor(network(states[k], timesteps[k].expand(num)), network)
+        update = output_weights[k] * output.to(x_T.dtype)
         # As `multiply_add`: what has an `out` does not go through autocast.
         torch.addmv(update.flatten(), stacked[: k + 1].T, state_weights[k, : k + 1], out=x_next.view(-1))
         if noise is not None and (draws := noise[used[k]]).numel():

@@ -330,3 +330,13 @@ def test_placed_timesteps_are_those_of_the_stride(schedule, class_name):
     alpha, sigma = schedule.alpha_sigma(coefficients.timesteps)
     torch.testing.assert_close(a[:-1], alpha, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close((std[:-1] ** 2)[0], (sigma**2)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("null", [None, "None"])
+def test_null_options_of_an_anchor_are_as_good_as_none(schedule, null):
+    """The second is what the command line makes of `--sampler.anchor.set_timesteps=null`."""
+    anchor = {"class_path": "diffusers.UniPCMultistepScheduler"}
+    sampler = GGDMSampler(schedule, 3, {**anchor, "set_timesteps": null, "init_args": null})
+    assert sampler.config == GGDMSampler(schedule, 3, anchor).config
+    with pytest.raises(ValueError, match=r"anchor: set_timesteps must be a mapping from arguments to .*, got 'linear'"):
+        GGDMSampler(schedule, 3, {**anchor, "set_timesteps": "linear"})

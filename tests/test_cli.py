@@ -261,7 +261,14 @@ def error_of(capsys, arguments):
             ["--data=ddss_lightning.ImageFolderDataModule", "--data.root={tmp_path}", "--data.image_size=0"],
             "image_size must be at least 1 pixel, got 0",
         ),
-        (["--sampler.anchor=heun"], "anchor: expected one of ['ddim', 'dpmpp_2m'], got heun"),
+        (
+            ["--sampler.anchor=heun"],
+            "anchor: expected one of ['ddim', 'dpmpp_2m'], got heun; a scheduler of diffusers is named by class_p",
+        ),
+        (
+            ["--model.gauss_newton=true"],
+            "expected a class by its import path, or values by name (--model.gauss_newton.NAME=...), got True. (",
+        ),
         (["--sampler.learn=[mu,sigma]"], "got sigma"),
         (["--sampler.learn=[mu,logsnr]", "--sampler.parametrization=ggdm"], "'logsnr' does not exist in the ggdm"),
         (["--loss.kernel=rbf"], "kernel: expected one of ['cubic', 'linear'], got rbf"),
@@ -771,7 +778,7 @@ def test_a_fit_that_learns_nothing_says_so(tmp_path, capsys):
     assert "(no step of the fit was better than its start" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_command_without_a_recipe_and_a_denoiser_without_a_schedule(capsys, tmp_path, monkeypatch):
+def test_a_command_without_a_recipe_and_parts_of_one_s_own_that_fail(capsys, tmp_path, monkeypatch):
     for command in ("fit", "test"):
         assert f"`ddss {command}` needs a recipe: -c FILE" in error_of(capsys, [command, "--trainer.max_steps=1"])
     (tmp_path / "forgetful.py").write_text(
@@ -782,11 +789,30 @@ def test_a_command_without_a_recipe_and_a_denoiser_without_a_schedule(capsys, tm
         "        self.network = torch.nn.Linear(2, 2)\n"
         "    def forward(self, x_t, timestep):\n"
         "        return x_t\n"
+        "class Betas(Forgot):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.name, self.prediction_type, self.image_shape = 'mine', 'eps', (1, 8, 8)\n"
+        "        self.schedule = torch.rand(9)\n"
+        "class Epsilon(Betas):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.schedule = ddss_lightning.NoiseSchedule(torch.tensor([1.0, 0.0]))\n"
+        "class Lookup(ddss_lightning.DiffusersDenoiser):\n"
+        "    def forward(self, x_t, timestep):\n"
+        "        return {}['boo']\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = error_of(capsys, quick("fit", tmp_path, "--denoiser=forgetful.Forgot"))
-    assert "Forgot has no attribute `schedule`; a Denoiser sets name, schedule" in found
+    assert "error: Forgot has no attribute `name`; a Denoiser sets name, schedule" in found
     assert "Linear" not in found
+    found = error_of(capsys, quick("fit", tmp_path, "--denoiser=forgetful.Betas"))
+    assert "error: Betas.schedule must be a NoiseSchedule, got Tensor; use NoiseSchedule.from_scheduler(" in found
+    found = error_of(capsys, quick("fit", tmp_path, "--denoiser=forgetful.Epsilon"))
+    assert "error: Epsilon.prediction_type must be one of epsilon, sample, v_prediction," in found
+    assert "got 'eps'. (" in found
+    found = error_of(capsys, quick("fit", tmp_path, "--denoiser=forgetful.Lookup.from_pretrained"))
+    assert "error: KeyError: 'boo' (" in found
 
 
 def test_the_progress_bar_counts_epochs(tmp_path):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 from safetensors.torch import load, load_file, save, save_file
 
 from ddss_lightning.coefficients import prediction_pair
@@ -184,6 +184,12 @@ def test_damaged_folders(tmp_path, schedule):
         ),
         ({"anchor": "heun"}, "Unknown anchor 'heun'"),
         ({"learn": ("mu", "sigma")}, "learn: 'sigma' does not exist in the anchored parametrisation"),
+        ({"learn": "mu"}, r"learn must be a list of names, such as \['mu'\], got 'mu'"),
+        (
+            {"schedule": DDIMScheduler()},
+            r"schedule must be a NoiseSchedule, got DDIMScheduler; use NoiseSchedule\.from",
+        ),
+        ({"schedule": torch.rand(9)}, "schedule must be a NoiseSchedule, got Tensor"),
         ({"learn": ("logsnr",), "parametrization": "ggdm"}, "'logsnr' does not exist in the ggdm"),
         ({"parametrization": "free"}, "Unknown parametrization 'free'"),
         ({"timesteps": [10, 20, 5, 1, 0]}, "timesteps must be 5 strictly decreasing numbers"),
@@ -195,7 +201,7 @@ def test_damaged_folders(tmp_path, schedule):
 )
 def test_bad_arguments(schedule, options, message):
     with pytest.raises(ValueError, match=message):
-        GGDMSampler(schedule, **{"num_steps": 5, **options})
+        GGDMSampler(**{"schedule": schedule, "num_steps": 5, **options})
 
 
 @pytest.mark.parametrize("learn", [DEGREES, ()])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from safetensors.torch import save_file
@@ -477,12 +478,18 @@ class TwiceAsWide(DiffusersDenoiser):
         return torch.cat([x_t, super().forward(x_t, timestep)], -1)
 
 
+class AsDiffusers(DiffusersDenoiser):
+    def forward(self, x_t, timestep):
+        return self.unet(x_t, timestep)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (NoGradient, "digits-ddpm' has no gradient with respect to the state, through which the sampler is learned"),
         (WholeTimes, "digits-ddpm' has no gradient with respect to the timestep"),
         (TwiceAsWide, r"returns shape \(1, 1, 8, 16\) for states of shape \(1, 1, 8, 8\)"),
+        (AsDiffusers, "digits-ddpm' returns UNet2DOutput, it must return a tensor: `.sample` of it"),
     ],
 )
 def test_a_network_that_cannot_be_learned_through_is_refused_before_scoring(tmp_path, kind, message):
@@ -530,21 +537,107 @@ def test_a_loss_of_one_s_own_is_told_what_it_lacks(tmp_path, needs, loss, messag
         trainer(tmp_path, 1, enable_checkpointing=False).fit(module, data())
 
 
+@pytest.mark.parametrize(
+    ("make_features", "message"),
+    [
+        (lambda x: x.flatten(1), r"Own returns features of shape \(500, 64\), its num_features is 10"),
+        (lambda x: (x,), "Own r"),
+    ],
+)
+def test_features_of_another_length_than_they_say_are_refused(make_features, message):
+    class Own(FeatureExtractor):
+        image_shape, num_features = (1, 8, 8), 10
+
+        def forward(self, images):
+            return make_features(images)
+
+    module = make()
+    module._trainer = SimpleNamespace(datamodule=DigitsDataModule(), is_global_zero=True)
+    with pytest.raises(ValueError, match=message):
+        module.encode_real(Own())
+
+
+def test_a_sampler_of_another_model_is_refused_without_a_word_on_its_settings(tmp_path):
+    module = make()
+    base_model = {**module.base_model, "fingerprint": "0" * 16, "settings": {"guidance_scale": 2.0}}
+    module.sampler.save_pretrained(tmp_path, base_model=base_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"was learned for '.*' \(fingerprint 0000"):
+            module.load_sampler(tmp_path)
+
+
 def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):
     class Bare(FeatureExtractor):
         def forward(self, images):
             return images.flatten(1)
 
     sampler = GGDMSampler(denoiser.schedule, 3)
-    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; set image_shape, num_features in its"):
+    with pytest.raises(ValueError, match="Bare has no attribute `image_shape`; a FeatureExtractor sets image"):
         DDSSModule(denoiser, sampler, Bare())
 
     class Half(Denoiser):
         def forward(self, x_t, timestep):
             return x_t
 
-    with pytest.raises(ValueError, match="Half has no attribute `name`; set name, schedule, prediction_type, image_sh"):
+    with pytest.raises(ValueError, match="Half has no attribute `name`; a Denoiser sets name, schedule, prediction"):
         DDSSModule(Half(), sampler, features)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"denoiser": torch.nn.Linear(2, 2)}, r"denoiser must be a Denoiser, got Linear; DiffusersDenoiser\.from_pre"),
+        ({"sampler": DDIMScheduler()}, r"sampler must be a GGDMSampler, got DDIMScheduler; GGDMSampler\.from_sched"),
+        ({"features": torch.nn.Linear(2, 2)}, "features must be a FeatureExtractor, got Linear; ModuleFeatures"),
+        ({"loss": "kid"}, r"loss must be a SampleLoss, got str; give one such as KIDLoss\(\)"),
+        ({"loss": KIDLoss}, "loss must be a SampleLoss, got the class KIDLoss"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(denoiser, features, wrong, message):
+    parts = {"denoiser": denoiser, "sampler": GGDMSampler(denoiser.schedule, 3), "features": features}
+    with pytest.raises(ValueError, match=message):
+        DDSSModule(**{**parts, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"featurs"}, "Own.needs: unknown 'featurs'; choose any of features, images, real, target, target_features"),
+        ({"real"}, "Sum.needs holds neither 'features' nor 'images', .*; got real"),
+        ("features", "Own.needs must be a set of names, such as {'features'}, got 'features'"),
+    ],
+)
+def test_a_loss_that_needs_what_is_not_there_is_refused(needs, message):
+    """After the first scores it failed with an index out of range."""
+
+    class Own(SampleLoss):
+        def forward(self, samples):
+            return samples["features"].mean()
+
+    class Sum(WeightedSum):
+        pass
+
+    loss = Own()
+    loss.needs = needs
+    with pytest.raises(ValueError, match=message):
+        make(loss=Sum({"own": loss}) if needs != "features" else loss)
+
+
+def test_a_latent_model_without_decode_is_told_before_scoring(tmp_path):
+    class Latent(DiffusersDenoiser):
+        state_shape = (1, 4, 4)
+
+    denoiser = Latent.from_pretrained(DDPM)
+    denoiser.forward = lambda x_t, timestep: x_t * timestep.view(-1, 1, 1, 1)
+    module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 3), ConvFeatures.from_pretrained(FEATURES))
+    module.validation_step = lambda *_: pytest.fail("a sampler was scored")
+    message = r"`decode` of .* makes images of shape \(1, 4, 4\) from states .*, its image_shape is \(1, 8, 8\); a l"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
+    denoiser.decode = lambda x_0: (x_0,)
+    with pytest.raises(ValueError, match=r"`decode` of the denoiser .* returns tuple, it must return a tensor"):
+        trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False).fit(module, data())
 
 
 def test_too_few_teacher_pairs_are_told_before_scoring(tmp_path):

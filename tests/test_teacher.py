@@ -195,6 +195,9 @@ def test_images_of_a_model_whose_code_has_changed_are_refused(pairs, mixture, mo
     forward = MixtureDenoiser.forward
     monkeypatch.setattr(MixtureDenoiser, "forward", lambda self, x, t: forward(self, x, t) * (1 + 1e-6))
     assert double(pairs, mixture) == []
+    monkeypatch.setattr(MixtureDenoiser, "forward", lambda self, x, t: forward(self, x, t) * torch.nan)
+    with pytest.raises(ValueError, match=r"makes images that are not finite, of the pairs 0 to 3; .* Look for NaN"):
+        double(pairs, mixture)
     monkeypatch.setattr(MixtureDenoiser, "forward", lambda self, x, t: forward(self, x, t) * 0.9)
     with pytest.raises(ValueError, match=r"are not those that the model makes now: .* levels on average\. Its code"):
         double(pairs, mixture)

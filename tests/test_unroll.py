@@ -9,6 +9,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from ddss_lightning.ggdm import DEGREES, GGDMSampler
 from ddss_lightning.losses import kid
 from ddss_lightning.remat import KeepAll, MemoryBudget, RecomputeEvery, Remat, measured_call
+from ddss_lightning.replay import Replay
 from ddss_lightning.unroll import noises_used, unroll
 
 
@@ -293,3 +294,19 @@ def test_bad_arguments(mixture):
         sampler(mixture, x_T, noise=torch.zeros(3, 2, 1, 2, 2))
     with pytest.raises(ValueError, match="Unknown remat 'all'; choose one of none, denoiser"):
         sampler(mixture, x_T, remat="all")
+
+
+@pytest.mark.parametrize("remat", ["none", "denoiser", "budget(1GB)"])
+def test_a_network_that_returns_no_tensor_is_told_what_it_should(mixture, remat):
+    """As diffusers' networks do; with and without a gradient."""
+    sampler, x_T = GGDMSampler(mixture.schedule, 3), torch.randn(2, 1, 2, 2, dtype=torch.float64)
+
+    def network(x, timestep):
+        return (mixture(x, timestep),)
+
+    message = r"The network network returns tuple, it must return a tensor: `\[0\]` of it\."
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+            sampler(network, x_T, remat=remat)
+    with torch.no_grad(), pytest.raises(ValueError, match="network returns tuple"):
+        Replay(network, sampler.coefficients(), x_T, torch.zeros(2, *x_T.shape))

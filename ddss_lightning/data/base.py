@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from ddss_lightning.noise import generator_for
 
@@ -91,6 +91,16 @@ class Indices(Dataset[int]):
         return index
 
 
+def _stacked(images: list[Any]) -> Any:  # noqa: ANN401 - of a data set with labels no tensor, which the reader refuses
+    try:
+        return default_collate(images)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            "real_images() must be a Dataset of float32 tensors in [-1, 1], each of shape (C, H, W), got "
+            f"{type(images[0]).__name__}: {error}"
+        ) from error
+
+
 class ImageDataModule(LightningDataModule, ABC):
     """Base of all data modules: subclasses say what the real images are.
 
@@ -151,10 +161,14 @@ class ImageDataModule(LightningDataModule, ABC):
             self.dataset = self.real_images()
 
     def real_dataloader(self) -> DataLoader[Tensor]:
-        """All real images in order, for the bank of the loss and the reference of the metrics."""
+        """All real images in order, for the bank of the loss and the reference of the metrics.
+
+        Raises:
+            ValueError: when it is read, images that are no tensors of one shape.
+        """
         self.setup()
         assert self.dataset is not None
-        return DataLoader(self.dataset, batch_size=self.eval_batch_size)
+        return DataLoader(self.dataset, batch_size=self.eval_batch_size, collate_fn=_stacked)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Minibatches of real images; of their indices, for a module whose `uses_real_batches` is False."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,7 @@ class FolderImages(Dataset[Tensor]):
     """
 
     def __init__(self, root: str | Path, image_size: int, image_channels: int = 3) -> None:
-        if image_channels not in (1, 3):
-            raise ValueError(f"image_channels must be 1 (grey) or 3 (RGB), got {image_channels}.")
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+        _check_shape(image_size, image_channels)
         if not Path(root).is_dir():
             raise ValueError(f"There is no image folder '{root}'; give the folder that holds the real images.")
         self.files = sorted(path for path in _files(Path(root)) if path.suffix.lower() in SUFFIXES)
@@ -70,6 +68,15 @@ class FolderImages(Dataset[Tensor]):
         resized = square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(resized)).float() / 127.5 - 1
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _check_shape(image_size: int, image_channels: int) -> None:
+    if image_channels not in (1, 3):
+        raise ValueError(f"image_channels must be 1 (grey) or 3 (RGB), got {image_channels!r}.")
+    if not isinstance(image_size, Integral):
+        raise ValueError(f"image_size must be a whole number of pixels, got {image_size!r}.")
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -110,10 +117,14 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: height = width that the model works on, pixels.
         image_channels: 1 (grey) or 3 (RGB).
         **kwargs: see `ImageDataModule`.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     def __init__(self, root: str, image_size: int, image_channels: int = 3, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
+        _check_shape(image_size, image_channels)
         self.root, self.image_size, self.image_channels = root, image_size, image_channels
 
     def identity(self) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ddss_lightning.frozen import Frozen
-from ddss_lightning.schedule import NoiseSchedule
+from ddss_lightning.coefficients import PredictionType
+from ddss_lightning.frozen import Frozen, check_tensor
+from ddss_lightning.schedule import NoiseSchedule, check_schedule
+
+# What a subclass sets in its __init__.
+ATTRIBUTES = ("name", "schedule", "prediction_type", "image_shape")
 
 
 class Denoiser(Frozen, ABC):
@@ -69,8 +73,40 @@ class Denoiser(Frozen, ABC):
         return x_0
 
     def decode_in_parts(self, x_0: Tensor, size: int | None) -> Tensor:
-        """`decode`, `size` images at once (None: all): a decoder takes many times the memory of its latents."""
-        return self.decode(x_0) if size is None else torch.cat([self.decode(part) for part in x_0.split(size)])
+        """`decode`, `size` images at once (None: all): a decoder takes many times the memory of its latents.
+
+        Raises:
+            ValueError: `decode` makes no tensor, or images of another shape than `image_shape`.
+        """
+        parts = [check_tensor(self.decode(part), self, "decode") for part in x_0.split(size or max(len(x_0), 1))]
+        made = tuple(parts[0].shape[1:])
+        if made != tuple(self.image_shape):
+            raise ValueError(
+                f"`decode` of the denoiser '{self.name}' makes images of shape {made} from states of shape "
+                f"{tuple(x_0.shape[1:])}, its image_shape is {tuple(self.image_shape)}; a latent model overrides both "
+                "`state_shape` and `decode`."
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def check_complete(denoiser: Denoiser) -> None:
+    """Make sure that a denoiser of one's own has set what it must.
+
+    Raises:
+        ValueError: an attribute that is not there, a schedule that is no `NoiseSchedule`, an unknown prediction type.
+    """
+    kind = type(denoiser).__name__
+    for name in ATTRIBUTES:
+        if not hasattr(denoiser, name):
+            raise ValueError(
+                f"{kind} has no attribute `{name}`; a Denoiser sets {', '.join(ATTRIBUTES)} in its __init__."
+            )
+    check_schedule(denoiser.schedule, f"{kind}.schedule")
+    if denoiser.prediction_type not in get_args(PredictionType):
+        raise ValueError(
+            f"{kind}.prediction_type must be one of {', '.join(get_args(PredictionType))}, got "
+            f"{denoiser.prediction_type!r}."
+        )
 
 
 def check_takes_turns(denoiser: Denoiser) -> None:

@@ -240,7 +240,7 @@ class DiffusersDenoiser(Denoiser):
         """
         return self._showing(None, None)
 
-    def with_labels(self, labels: Tensor, guidance_scale: float = 1.0) -> DiffusersDenoiser:
+    def with_labels(self, labels: Tensor | Sequence[int], guidance_scale: float = 1.0) -> DiffusersDenoiser:
         """The same frozen network for images of given classes; nothing is copied.
 
         A call then costs one evaluation of the network at a guidance scale of 0 or 1, else two.
@@ -254,6 +254,7 @@ class DiffusersDenoiser(Denoiser):
         """
         if not self.num_labels:
             raise ValueError(f"The model '{self.name}' has no classes, so it cannot be given labels.")
+        labels = torch.as_tensor(labels)
         if labels.ndim != 1 or labels.is_floating_point() or not ((labels >= 0) & (labels < self.num_labels)).all():
             raise ValueError(
                 f"labels must be integers from 0 to {self.num_labels - 1}, shape (N,), got {labels.dtype} of shape "
@@ -375,6 +376,8 @@ def _labels_of(config: Any, null_label: int | None) -> tuple[int, int | None]:  
     if classes and config.get("caption_channels") is None:
         num_labels = classes + 1
         null_label = classes if null_label is None else null_label
+    if null_label is not None and not num_labels:
+        raise ValueError(f"The network has no classes; leave null_label out, got {null_label}.")
     if null_label is not None and not 0 <= null_label < num_labels:
         raise ValueError(f"null_label must be one of the network's {num_labels} labels, got {null_label}.")
     return num_labels, null_label

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ddss_lightning.frozen import Frozen
+from ddss_lightning.frozen import Frozen, check_tensor
 
 
 def finite(samples: Tensor) -> Tensor:
@@ -107,6 +107,20 @@ class FeatureExtractor(Frozen, ABC):
                 f"This feature network takes images of shape {self.image_shape} (channels, height, width), "
                 f"got {tuple(images.shape[1:])}; use a feature network made for such images."
             )
+
+    def check_output(self, output: Tensor) -> Tensor:
+        """What `forward` returned, if it is what it must be.
+
+        Raises:
+            ValueError: no tensor, or not of shape (N, num_features).
+        """
+        check_tensor(output, self)
+        if output.ndim != 2 or output.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} returns features of shape {tuple(output.shape)}, its num_features is "
+                f"{self.num_features}; they must have shape (N, num_features)."
+            )
+        return output
 
     def logits(self, features: Tensor) -> Tensor:
         """Unnormalised log-probabilities log p(y | x) of classes, for the Inception Score.

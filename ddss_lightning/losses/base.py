@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class Samples:
                 f"where they are made by hand, give Samples({name}=...)."
             )
         return found  # type: ignore[no-any-return]
+
+
+# What a loss can need: all but what says how samples are gathered and networks called.
+NEEDS = tuple(sorted({each.name for each in fields(Samples)} - {"gather", "precision"}))
 
 
 class SampleLoss(nn.Module, ABC):
@@ -129,6 +133,27 @@ class SampleLoss(nn.Module, ABC):
 def every_loss(loss: SampleLoss) -> dict[str, SampleLoss]:
     """A loss, by the name `""`, and all losses that it is made of, by their names in `named_modules`."""
     return {name: part for name, part in loss.named_modules() if isinstance(part, SampleLoss)}
+
+
+def check_needs(loss: SampleLoss) -> None:
+    """Make sure that a loss of one's own, with all that it is made of, needs what there is.
+
+    Raises:
+        ValueError: `needs` is no set of names, holds an unknown one, or neither `features` nor `images`, through which
+            alone a loss depends on the samples.
+    """
+    # A sum needs what its parts do: the parts first.
+    for part in reversed(every_loss(loss).values()):
+        kind = type(part).__name__
+        if not isinstance(part.needs, (set, frozenset)):
+            raise ValueError(f"{kind}.needs must be a set of names, such as {{'features'}}, got {part.needs!r}.")
+        for name in sorted(part.needs - set(NEEDS)):
+            raise ValueError(f"{kind}.needs: unknown '{name}'; choose any of {', '.join(NEEDS)}.")
+    if loss.needs.isdisjoint({"features", "images"}):
+        raise ValueError(
+            f"{type(loss).__name__}.needs holds neither 'features' nor 'images', through which alone a loss depends on "
+            f"the samples; got {', '.join(sorted(loss.needs)) or 'nothing'}."
+        )
 
 
 def feature_scale(features: Tensor, name: str) -> float:

@@ -72,6 +72,14 @@ def kid(generated: Tensor, real: Tensor, kernel: Kernel = "cubic") -> Tensor:
     return within + mean_off_diagonal(polynomial_kernel(real, real, kernel)) - 2 * across
 
 
+def _check_samples(generated: Tensor, real: Tensor) -> None:
+    if generated.ndim != 2 or len(generated) < 2 or generated.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"KIDLoss compares the features of at least two samples, shape (n, {real.shape[1]}) as those of the real "
+            f"images, got {tuple(generated.shape)}."
+        )
+
+
 class KIDLoss(SampleLoss):
     r"""`kid` of features that were divided by the root mean square of the real ones; over all processes.
 
@@ -194,15 +202,18 @@ class KIDLoss(SampleLoss):
         """KID of `samples.features` against the bank, or against `samples.real`.
 
         Raises:
-            ValueError: no bank, or no real features; with a control variate, none of the teacher.
+            ValueError: no bank, or no real features; with a control variate, none of the teacher; fewer than two
+                samples, or features of another length than the real ones.
         """
         generated = samples.gather(samples["features"])
         generated = generated.to(torch.promote_types(generated.dtype, torch.float32))
         if self.real == "batch":
             real = samples.gather(samples["real"])
+            _check_samples(generated, real)
             return kid(self._scaled(generated), self._scaled(real.to(generated.dtype)), self.kernel)
         if not len(self.bank):
             raise ValueError("KIDLoss has no real features: call `fit_real` first.")
+        _check_samples(generated, self.bank)
         scaled = self._scaled(generated)
         if self.control_variate:
             return self._controlled(

@@ -20,8 +20,13 @@ def check_real(real: Tensor, minimum: int = 2) -> Tensor:
     """Features of real images in float64.
 
     Raises:
-        ValueError: not of shape (m, d) with m >= `minimum`, or numbers that are not finite.
+        ValueError: no tensor, not of shape (m, d) with m >= `minimum`, or numbers that are not finite.
     """
+    if not isinstance(real, Tensor):
+        raise ValueError(
+            f"real must hold the features of real images, shape (m, d), got {type(real).__name__}; give what a "
+            "FeatureExtractor makes of them, and the FeatureExtractor itself as `features=`."
+        )
     if real.ndim != 2 or len(real) < minimum:
         raise ValueError(
             f"real must hold the features of at least {minimum} real images, shape (m, d), got {tuple(real.shape)}; "

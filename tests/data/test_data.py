@@ -114,10 +114,32 @@ def test_bad_folders(tmp_path):
         ImageFolderDataModule(str(tmp_path), image_size=4).setup()
     with pytest.raises(ValueError, match="There is no image folder"):
         ImageFolderDataModule(str(tmp_path / "none"), image_size=4).setup()
+    for size, message in (("32", "a whole number of pixels, got '32'"), (0, "at least 1 pixel, got 0")):
+        with pytest.raises(ValueError, match=f"image_size must be {message}"):
+            ImageFolderDataModule(str(tmp_path), size)
+    with pytest.raises(ValueError, match=r"image_channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+        ImageFolderDataModule(str(tmp_path), 4, image_channels=2)
     with pytest.raises(ValueError, match="steps_per_epoch must be at least 1, got 0"):
         DigitsDataModule(steps_per_epoch=0)
     with pytest.raises(ValueError, match="num_val_images must be at least 2"):
         DigitsDataModule(num_val_images=1)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            [Image.new("L", (8, 8))] * 2,
+            r"a Dataset of float32 tensors in \[-1, 1\], each of .*, got Image: .*PIL",
+        ),
+        ([torch.zeros(1, 8, 8), torch.zeros(1, 8, 9)], "got Tensor: .* equal size"),
+    ],
+)
+def test_images_that_are_no_tensors_of_one_shape_are_refused(images, message):
+    data = DigitsDataModule()
+    data.dataset = images
+    with pytest.raises(ValueError, match=message):
+        list(data.real_dataloader())
 
 
 def test_numbers_of_32_bits_are_refused_and_too_large_files_named(tmp_path, monkeypatch):

@@ -249,12 +249,13 @@ def test_labelled_networks_are_saved_and_read(labelled, tmp_path):
 def test_bad_labels(labelled, denoiser, schedule):
     with pytest.raises(ValueError, match="null_label must be one of the network's 3 labels, got 3"):
         DiffusersDenoiser(labelled.unet, schedule, null_label=3)
-    with pytest.raises(ValueError, match="null_label must be one of the network's 0 labels, got 1"):
+    with pytest.raises(ValueError, match="The network has no classes; leave null_label out, got 1"):
         DiffusersDenoiser(denoiser.unet, schedule, null_label=1)
     with pytest.raises(ValueError, match="has no classes, so it cannot be given labels"):
         denoiser.with_labels(torch.tensor([0]))
     with pytest.raises(ValueError, match=r"integers from 0 to 2, shape \(N,\), got torch.int64 .* from 0 to 3"):
         labelled.with_labels(torch.tensor([0, 3]))
+    assert torch.equal(labelled.with_labels([1, 2]).shown["class_labels"], torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="conditions of 2 images were given for a batch of 3"):
         labelled.with_labels(torch.tensor([0, 1]))(torch.zeros(3, 1, 4, 4), torch.zeros(3))
 

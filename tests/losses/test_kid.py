@@ -41,6 +41,17 @@ def test_loss_scales_features_to_mean_square_one():
     torch.testing.assert_close(loss(Samples(x)), kid(x / scale, real / scale), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("real", ["bank", "batch"])
+def test_samples_that_kid_cannot_compare_are_refused(real):
+    """It was NaN for one of them."""
+    loss, bank = KIDLoss(real=real), draw(40, 8)
+    loss.fit_real(bank)
+    for num, d in ((1, 8), (5, 7)):
+        message = rf"of at least two samples, shape \(n, 8\) as those of the real images, got \({num}, {d}\)"
+        with pytest.raises(ValueError, match=message):
+            loss(Samples(draw(num, d), real=bank))
+
+
 def test_bank_and_whole_set_as_minibatch_agree():
     real, x = draw(40, 8), draw(10, 8, seed=1).requires_grad_()
     bank, batch = KIDLoss(), KIDLoss(real="batch")

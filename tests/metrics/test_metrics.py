@@ -273,6 +273,12 @@ def test_the_features_argument(features):
     assert 1 <= score.compute() <= 10
 
 
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, PrecisionRecall])
+def test_a_network_in_place_of_real_features_is_told_what_goes_there(kind, features):
+    with pytest.raises(ValueError, match=r"real must hold the features .*, got ConvFeatures; give what"):
+        kind(features)
+
+
 def test_rank_deficient_covariances_warn_once():
     metric = FrechetDistance(draw(12))
     with pytest.warns(UserWarning, match="12 dimensions from 8 generated images and 12 real images"):
