@@ -399,6 +399,8 @@ class SampleQuality(Callback):
             pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor, logger=not fits, sync_dist=True)
         if fits:
             self._select(trainer, pl_module)
+            if self.best:
+                pl_module.log(f"val/best_{self.monitor}", self.best[self.monitor], logger=False, sync_dist=True)
             self._log(trainer)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

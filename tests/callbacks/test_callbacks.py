@@ -178,7 +178,7 @@ def test_a_judge_looks_on(tmp_path):
         module = make()
         runner = trainer(tmp_path, 2, callbacks=[quality], enable_checkpointing=False)
         runner.fit(module, data())
-    assert {"val/judge_fid", "val/judge_kid"} <= runner.callback_metrics.keys()
+    assert {"val/judge_fid", "val/judge_kid", "val/best_fid"} <= runner.callback_metrics.keys()
     assert not any(parameter.requires_grad for parameter in judge.parameters())
     assert alone.best.items() <= judged.best.items()
     assert all(torch.equal(value, judged.best_sampler[name]) for name, value in alone.best_sampler.items())
