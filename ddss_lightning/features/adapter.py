@@ -85,7 +85,7 @@ class ModuleFeatures(FeatureExtractor):
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         if self.size is not None:
             images = resize_images(images, self.size, self._resize)
-        output = self._output((((images + 1) / 2 - self.mean) / self.std).to(self._encoder_dtype or images.dtype))
+        output = self._output((((images + 1) / 2 - self.mean) / self.std).to(self.dtype))
         if not isinstance(output, Tensor) or output.ndim not in (2, 4):
             kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(
@@ -93,10 +93,6 @@ class ModuleFeatures(FeatureExtractor):
                 f"{kind}; name a `layer` with such an output, or wrap the encoder in a module that picks one."
             )
         return output.mean((2, 3)) if output.ndim == 4 else output
-
-    @property
-    def _encoder_dtype(self) -> torch.dtype | None:
-        return next((value.dtype for value in self.module.parameters()), None)
 
     def _output(self, x: Tensor) -> Any:  # noqa: ANN401 - whatever the encoder returns
         """The output of the encoder, or of the chosen submodule (the last one, if it runs several times)."""
