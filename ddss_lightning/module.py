@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
-from ddss_lightning.features.denoiser import DenoiserFeatures
-from ddss_lightning.frozen import check_gradient, check_tensor
+from ddss_lightning.first_calls import check_denoiser, check_features, check_range, check_same_model
 from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
@@ -29,9 +27,9 @@ from ddss_lightning.losses.elsewhere import InFeatures
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import slope_by_parts
-from ddss_lightning.noise import batch_noise, draw_noise, generator_for
+from ddss_lightning.noise import batch_noise
 from ddss_lightning.precision import full_precision
-from ddss_lightning.replay import Replay
+from ddss_lightning.sample_moments import SampleMoments
 from ddss_lightning.sampling import LARGE, SamplingModule, check_kind
 from ddss_lightning.signals import NOTHING_LEARNED, SIGNALS, agreed, noted, stop
 from ddss_lightning.teacher import TeacherPairs
@@ -39,8 +37,8 @@ from ddss_lightning.teacher_batches import TeacherBatches
 
 # What else than its weights a denoiser's images depend on, and a fit is not resumed with another of.
 CONDITIONED = ("guidance_scale", "prompts", "image_size", "null_label")
-# So many images say whether a model's lie in the range of pixels; of good ones hardly a value is outside [-2, 2].
-CHECKED_IMAGES, MOST_OUTSIDE = 8, 0.1
+# So many say whether images lie in the range of pixels.
+CHECKED_IMAGES = 8
 TARGETS = frozenset({"target", "target_features"})
 
 
@@ -217,59 +215,21 @@ class DDSSModule(SamplingModule):
             except ValueError as error:
                 raise ValueError(f"model.teacher: {error}") from error
         if self.gauss_newton is None:
-            self._check_gradients()
-            self._check_model_features()
-        self._check_range()
+            self._check_networks()
+        # A compiled one would be compiled once more, for a few images.
+        if getattr(self.denoiser, "compile_mode", None) is None:
+            with torch.no_grad(), full_precision(self.device.type):
+                check_range(self._unclamped("validation", torch.arange(CHECKED_IMAGES)))
 
-    def _check_gradients(self) -> None:
-        """One call of each network with one image."""
-        denoiser = self.denoiser.for_samples("check", [0])
-        state = torch.zeros(1, *denoiser.state_shape).to(self.device, self._image_dtype).requires_grad_()
-        time = self.sampler.timesteps().detach()[:1].to(state).clone().requires_grad_()
-        images = torch.zeros(1, *denoiser.image_shape, device=self.device)
-        moved = {"state": state}
-        if not {"time", "logsnr"}.isdisjoint(self.sampler.corrections):
-            moved["timestep (for `time` and `logsnr` in `learn`)"] = time
+    def _check_networks(self) -> None:
+        check_same_model(self.denoiser, self.loss)
+        networks = [self.features] if "features" in self.loss.needs else []
+        networks += [part.features for part in self.loss.modules() if isinstance(part, InFeatures)]
         with torch.enable_grad(), self.trainer.precision_plugin.train_step_context():
-            # A compiled one would be compiled once more, for one image.
-            if getattr(denoiser, "compile_mode", None) is None:
-                output = check_tensor(denoiser(state, time), denoiser)
-                if output.shape != state.shape:
-                    raise ValueError(
-                        f"The denoiser '{denoiser.name}' returns shape {tuple(output.shape)} for states of shape "
-                        f"{tuple(state.shape)}; they must be equal."
-                    )
-                check_gradient(output, f"the denoiser '{denoiser.name}'", moved)
-            seen = [self.features] if "features" in self.loss.needs else []
-            seen += [part.features for part in self.loss.modules() if isinstance(part, InFeatures)]
-            for network in seen:
-                mine = images.detach().to(network.dtype).requires_grad_()
-                output = check_tensor(network(mine), network)
-                check_gradient(output, type(network).__name__, {"images": mine})
-
-    def _check_model_features(self) -> None:
-        """Say so where the loss sees with the network of another model: a path can be changed in one place alone."""
-        for part in self.loss.modules():
-            if isinstance(part, DenoiserFeatures) and part.denoiser.name != self.denoiser.name:
-                rank_zero_warn(
-                    f"The model is '{self.denoiser.name}', the DenoiserFeatures of the loss are those of "
-                    f"'{part.denoiser.name}'. If they are to be of one model, give both the same path."
-                )
-
-    @torch.no_grad()
-    def _check_range(self) -> None:
-        """Say so where images leave the range of pixels by far: their pixels are all clamped, and mean little."""
-        if getattr(self.denoiser, "compile_mode", None) is not None:
-            return
-        with full_precision(self.device.type):
-            images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
-        outside = float((images.abs() > 2).float().mean())
-        if outside > MOST_OUTSIDE:
-            rank_zero_warn(
-                f"{outside:.0%} of the values of the sampler's images are outside [-2, 2]; pixels end at -1 and 1. "
-                "Little can be learned from them: look at the model's betas, its prediction type and its weights, or "
-                "begin with another solver."
-            )
+            if getattr(self.denoiser, "compile_mode", None) is None:
+                check_denoiser(self.denoiser, self.sampler, self.device, self.image_dtype)
+            for network in networks:
+                check_features(network, self.device)
 
     def on_train_start(self) -> None:
         """Give the loss its real features, make the teacher's images that are missing, and set the learning rates.
@@ -309,7 +269,7 @@ class DDSSModule(SamplingModule):
     def _load_teacher(self) -> TeacherBatches:
         assert self.teacher is not None
         rank, world_size = self.global_rank, self.trainer.world_size
-        where = (self.device, self._image_dtype, rank, world_size)
+        where = (self.device, self.image_dtype, rank, world_size)
         with noted(*SIGNALS) as received:
             self.teacher.make(self.denoiser, *where, self.features_batch_size, told_to_stop=lambda: bool(received))
         self.trainer.strategy.barrier("teacher")
@@ -337,7 +297,7 @@ class DDSSModule(SamplingModule):
         `denoiser` is that of these samples, see `Denoiser.for_samples`.
         """
         denoiser = denoiser or self.denoiser
-        x_0 = self._last_state(self.sampler, denoiser, x_T, noise)
+        x_0 = self.last_state(self.sampler, denoiser, x_T, noise)
 
         def outputs(part: Tensor) -> tuple[Tensor, ...]:
             images = to_pixels(denoiser.decode(part))
@@ -346,14 +306,7 @@ class DDSSModule(SamplingModule):
                 seen["features"] = self.features(images.to(self.features.dtype))
             return tuple(seen[name] for name in self._outputs)
 
-        return self._in_parts(outputs, x_0)
-
-    def _in_parts(self, outputs: Callable[[Tensor], tuple[Tensor, ...]], x_0: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of last states, `features_batch_size` at once."""
-        if self.features_batch_size is None:
-            return outputs(x_0)
-        parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+        return self.in_parts(outputs, x_0)
 
     @property
     def _outputs(self) -> list[str]:
@@ -405,7 +358,7 @@ class DDSSModule(SamplingModule):
             return "/".join(map(str, key)), samples, x_T, noise, None
         pairs, x_T, target = self._teacher_batches.start(self.global_step)
         key_of_pairs = self._teacher_batches.teacher.noise_key
-        return key_of_pairs, pairs, x_T, noise, target.to(self.device, self._image_dtype)
+        return key_of_pairs, pairs, x_T, noise, target.to(self.device, self.image_dtype)
 
     def _of_all(self, own: Tensor) -> Tensor:
         """What all processes have, concatenated."""
@@ -452,12 +405,13 @@ class DDSSModule(SamplingModule):
 
     def _gauss_newton_step(self, method: GaussNewton) -> Tensor:
         distance = FrechetResidual(self.real_features(), method.rank)
+        moments = SampleMoments(self, distance, self.batch_size)
         delta, found = method.step(
             {name: value.data for name, value in self.sampler.learned.items()},
             distance,
-            self._smooth_moments(distance),
-            lambda: self._moments(distance, "residual", method.residual_images),
-            lambda: self._moments(distance, "trial", method.trial_images),
+            moments.of_one_batch("differences"),
+            lambda: moments("residual", method.residual_images),
+            lambda: moments("trial", method.trial_images),
             self._report_differences,
         )
         if not math.isfinite(found["distance"]):
@@ -467,50 +421,6 @@ class DDSSModule(SamplingModule):
         # The gradient of this is -delta, and a step of plain gradient descent with rate 1 adds delta.
         linear = torch.stack([-(delta[name] * value).sum() for name, value in self.sampler.learned.items()]).sum()
         return found["distance"] + linear - linear.detach()
-
-    def _smooth_moments(self, distance: FrechetResidual) -> Callable[[], Tensor]:
-        """Moments, for differences, of one batch with the present numbers: of the same noise at each call.
-
-        In full precision and not rounded to pixels: differences of a thousandth drown in either.
-        """
-        ((denoiser, x_T, noise),) = self._draws("differences", self.batch_size)
-        x_T = x_T.to(device=self.device, dtype=self._image_dtype)
-        with full_precision(self.device.type):
-            replay = Replay(denoiser, self.sampler.coefficients(), x_T, noise)
-
-        def measure() -> Tensor:
-            with full_precision(self.device.type):
-                x_0 = replay(self.sampler.coefficients())
-                return self._everyone(self._moments_of(distance, x_0, lambda images: images.clamp(-1, 1)))
-
-        return measure
-
-    def _moments(self, distance: FrechetResidual, purpose: str, num_images: int) -> Tensor:
-        """Moments of samples as they are scored."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for denoiser, x_T, noise in self._draws(purpose, num_images):
-            with full_precision(self.device.type):
-                x_0 = self._last_state(self.sampler, denoiser, x_T, noise)
-                total = total + self._moments_of(distance, x_0, to_pixels) * len(x_T)
-        return self._everyone(total / num_images)
-
-    def _moments_of(self, distance: FrechetResidual, x_0: Tensor, pixels: Callable[[Tensor], Tensor]) -> Tensor:
-        def features(part: Tensor) -> tuple[Tensor]:
-            return (self.features(pixels(self.denoiser.decode(part)).to(self.features.dtype)),)
-
-        return distance.moments(*self._in_parts(features, x_0))
-
-    def _draws(self, purpose: str, num_images: int) -> Iterator[tuple[Denoiser, Tensor, Tensor]]:
-        """Denoiser and noise of this step and process, in batches."""
-        key = (f"gauss-newton {purpose}", self.seed, self.global_step, self.global_rank)
-        generator = generator_for(*key)
-        for part in torch.arange(num_images).split(self.batch_size):
-            x_T, noise = draw_noise((len(part), *self.denoiser.state_shape), self.sampler.num_steps, generator)
-            yield self.denoiser.for_samples("/".join(map(str, key)), part.tolist()), x_T, noise
-
-    def _everyone(self, moments: Tensor) -> Tensor:
-        """The mean over processes."""
-        return torch.stack(list(self.all_gather(moments))).mean(0) if self.trainer.world_size > 1 else moments
 
     def _skip(self, reason: str) -> None:
         if self._skipped_step == self.global_step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ddss_lightning.denoisers.base import Denoiser, check_complete, check_takes_turns
 from ddss_lightning.features.base import FeatureExtractor, check_images
@@ -252,8 +253,8 @@ class SamplingModule(LightningModule):
         return torch.cat(parts)
 
     @property
-    def _image_dtype(self) -> torch.dtype:
-        """Of states and images: float32, or float64 where the Trainer's precision is 64-true."""
+    def image_dtype(self) -> torch.dtype:
+        """The type of states and images: float32, or float64 where the Trainer's precision is 64-true."""
         return torch.promote_types(cast(torch.dtype, self.dtype), torch.float32)
 
     def _check_images(self, images: Tensor, number: int) -> None:
@@ -287,11 +288,19 @@ class SamplingModule(LightningModule):
         return to_pixels(self._decoded(x_T, noise, sampler or self.sampler, denoiser or self.denoiser))
 
     def _decoded(self, x_T: Tensor, noise: Tensor | None, sampler: GGDMSampler, denoiser: Denoiser) -> Tensor:
-        return denoiser.decode_in_parts(self._last_state(sampler, denoiser, x_T, noise), self.features_batch_size)
+        return denoiser.decode_in_parts(self.last_state(sampler, denoiser, x_T, noise), self.features_batch_size)
 
-    def _last_state(self, sampler: GGDMSampler, denoiser: Denoiser, x_T: Tensor, noise: Tensor | None) -> Tensor:
-        x_T = x_T.to(device=self.device, dtype=self._image_dtype)
+    def last_state(self, sampler: GGDMSampler, denoiser: Denoiser, x_T: Tensor, noise: Tensor | None) -> Tensor:
+        """x_0 of `sampler` from noise on any device; of a latent model before its decoder."""
+        x_T = x_T.to(device=self.device, dtype=self.image_dtype)
         return cast(Tensor, sampler(denoiser, x_T, noise=noise, remat=self.remat))
+
+    def in_parts(self, outputs: Callable[[Tensor], tuple[Tensor, ...]], x_0: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of last states, `features_batch_size` at once, computed again in a backward pass."""
+        if self.features_batch_size is None:
+            return outputs(x_0)
+        parts = [checkpoint(outputs, part, use_reentrant=False) for part in x_0.split(self.features_batch_size)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
     # --------------------------------------------------------------------------------------------- held-out noise
 
