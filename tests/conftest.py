@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from diffusers import DDPMScheduler
 
 from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
@@ -13,6 +14,7 @@ from ddss_lightning.schedule import NoiseSchedule
 ROOT = Path(__file__).parent.parent
 DDPM = str(ROOT / "checkpoints" / "digits-ddpm")
 FEATURES = str(ROOT / "checkpoints" / "digits-features")
+ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,16 @@ def features():
 def at_root(monkeypatch):
     """Run in the checkout's root, where the recipes' relative paths hold."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def alexnet(tmp_path, monkeypatch):
+    """torch's cache, with random numbers in place of AlexNet's weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / ALEXNET)
+    return folder

@@ -220,7 +220,7 @@ def test_shipped_sweeps_can_be_read(benchmark, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_sweep_can_be_planned(benchmark, monkeypatch, tmp_path, sweep):
+def test_every_shipped_sweep_can_be_planned(benchmark, monkeypatch, tmp_path, sweep, alexnet):
     """Two of them lost to a change of the recipe that they are based on."""
     run(benchmark, monkeypatch, sweep, "--output", tmp_path, "--plan")
     base = yaml.safe_load((sweep.parent / "digits.yaml" if sweep.stem == "mixture" else sweep).read_text())["base"]

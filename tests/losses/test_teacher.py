@@ -2,26 +2,11 @@ import re
 
 import pytest
 import torch
-import torchvision
 
 from ddss_lightning.losses import Samples, TeacherLoss
 from ddss_lightning.losses.perceptual import PerceptualDistance
+from tests.conftest import ALEXNET
 from tests.losses.test_kid import draw
-
-FILE = "alexnet-owt-7be5be79.pth"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """torch's cache, with random numbers in place of AlexNet's weights."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / FILE)
-    return folder
 
 
 def test_l2_and_features_in_closed_form():
@@ -33,7 +18,7 @@ def test_l2_and_features_in_closed_form():
     torch.testing.assert_close(loss(Samples(f, target_features=g)), ((f - g) ** 2).mean() / 49)
 
 
-def test_lpips_is_the_package_s(hub):
+def test_lpips_is_the_package_s(alexnet):
     """Of images of 64 pixels or more as they are, grey ones as three channels, small ones enlarged."""
     import lpips
 
@@ -52,7 +37,7 @@ def test_lpips_is_the_package_s(hub):
         assert loss(Samples(images=x, target=x)) == 0
 
 
-def test_lpips_is_frozen_and_differentiable_in_parts(hub):
+def test_lpips_is_frozen_and_differentiable_in_parts(alexnet):
     x, y = (torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in (0, 1))
     whole, parts = TeacherLoss("lpips"), TeacherLoss("lpips", batch_size=2)
     whole.train()
@@ -69,10 +54,10 @@ def test_lpips_is_frozen_and_differentiable_in_parts(hub):
     assert whole(Samples(images=moved, target=y)) < whole(Samples(images=x, target=y))
 
 
-def test_a_missing_backbone_is_a_clear_word(hub):
-    (hub / FILE).unlink()
-    url = f"https://download.pytorch.org/models/{FILE}"
-    message = f"needs the file '{FILE}' in the folder '{hub}'; put it there from {url}, or set download=True"
+def test_a_missing_backbone_is_a_clear_word(alexnet):
+    (alexnet / ALEXNET).unlink()
+    url = f"https://download.pytorch.org/models/{ALEXNET}"
+    message = f"needs the file '{ALEXNET}' in the folder '{alexnet}'; put it there from {url}, or set download=True"
     with pytest.raises(ValueError, match=re.escape(message)):
         TeacherLoss("lpips")
 
