@@ -395,8 +395,10 @@ class SampleQuality(Callback):
         if trainer.sanity_checking:
             return
         fits = trainer.state.fn == "fit"
+        # None, not True: Lightning warns of what asks for a logger where there is none.
+        to_logger = False if fits else None
         for name, value in self._compute(trainer).items():
-            pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor, logger=not fits, sync_dist=True)
+            pl_module.log(f"val/{name}", value, prog_bar=name == self.monitor, logger=to_logger, sync_dist=True)
         if fits:
             self._select(trainer, pl_module)
             if self.best:

@@ -161,6 +161,16 @@ def test_the_score_is_the_formula_on_the_held_out_noise(tmp_path):
     assert result["test/fid"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_without_a_logger_nobody_asks_for_one(tmp_path):
+    """As in `ddss compare`, which takes the loggers off."""
+    for run in ("validate", "test"):
+        runner = trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*no logger configured.*")
+            (result,) = getattr(runner, run)(make(), data(), verbose=False)
+        assert {"validate": "val/fid", "test": "test/fid"}[run] in result
+
+
 def test_scores_that_nobody_takes_are_told(tmp_path):
     for run in ("validate", "test"):
         with pytest.warns(UserWarning, match=r"No callback looks at the images: give the Trainer SampleQuality\(\)"):
