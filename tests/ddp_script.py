@@ -8,7 +8,7 @@ import warnings
 import torch
 from lightning.pytorch import Trainer
 
-import ddss_lightning.module as module_file
+import ddss_lightning.sample_moments as moments_file
 from ddss_lightning import DigitsDataModule, GaussNewton, SampleQuality, SamplerPictures
 from ddss_lightning.noise import draw_noise, generator_for
 from tests.test_module import make
@@ -29,7 +29,7 @@ def main(world_size):
     if sys.argv[3] == "gauss_newton":
         module.gauss_newton = GaussNewton(residual_images=16 // world_size, trial_images=16 // world_size)
         if world_size == 1:
-            module_file.generator_for, module_file.draw_noise = lambda *key: key, noise_of_two_ranks
+            moments_file.generator_for, moments_file.draw_noise = lambda *key: key, noise_of_two_ranks
     if sys.argv[3] == "not finite":
         original = module.validation_step
         # Two images that, with two processes, both belong to the second one; only of the initial sampler.

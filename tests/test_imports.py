@@ -42,10 +42,12 @@ ALLOWED = {
     "teacher": {"denoisers", "files", "ggdm", "images", "noise", "schedule", "solvers"},
     "teacher_batches": {"denoisers", "teacher"},
     "sampling": {"denoisers", "features", "ggdm", "images", "noise", "precision", "remat", "saved"},
+    "sample_moments": {"denoisers", "images", "losses", "noise", "precision", "replay", "sampling"},
+    "first_calls": {"denoisers", "features", "frozen", "ggdm", "losses"},
     "module": {
         "denoisers",
         "features",
-        "frozen",
+        "first_calls",
         "full_matrix_adam",
         "gauss_newton",
         "ggdm",
@@ -53,7 +55,7 @@ ALLOWED = {
         "losses",
         "noise",
         "precision",
-        "replay",
+        "sample_moments",
         "sampling",
         "signals",
         "teacher",
@@ -102,7 +104,18 @@ ALLOWED = {
         "suggestions",
     },
 }
-LIGHTNING = {"signals", "sampling", "module", "callbacks", "data", "compare", "cli", "__main__"}
+LIGHTNING = {
+    "signals",
+    "sampling",
+    "sample_moments",
+    "first_calls",
+    "module",
+    "callbacks",
+    "data",
+    "compare",
+    "cli",
+    "__main__",
+}
 LATE = {"diffusers", "torchvision", "lpips", "torch_fidelity", "transformers", "matplotlib", "sklearn", "PIL"}
 
 
