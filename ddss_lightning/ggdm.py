@@ -263,7 +263,7 @@ class GGDMSampler(nn.Module):
         """What the sampler is, at a glance: its anchor, what is learned, a table of its steps, and what looks wrong."""
         config, coefficients = self.config, self.coefficients().detach()
         sizes = ", ".join(f"{name} ({value.numel()})" for name, value in self.corrections.items())
-        nothing = f"nothing{' further' * self._is_fixed} (fixed numbers)"
+        nothing = f"nothing{' further' * self.is_fixed} (fixed numbers)"
         lines = [
             f"GGDMSampler: {self.num_steps} network calls, {config['prediction_type']}, {config['parametrization']}",
             f"anchor: {self._anchor_name()}",
@@ -274,7 +274,7 @@ class GGDMSampler(nn.Module):
         return "\n".join([*lines, *(f"warning: {problem}" for problem in coefficients.problems())])
 
     @property
-    def _is_fixed(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether the numbers are those of a sampler that was learned before: no class is named by their source."""
         anchor = self.config["anchor"]
         return isinstance(anchor, Mapping) and " " in anchor.get("class_path", "given coefficients")
@@ -285,7 +285,7 @@ class GGDMSampler(nn.Module):
             where = "given timesteps" if config["timesteps"] else f"{config['stride']} stride"
             return f"{config['anchor']}, eta {config['eta']:g}, {where}"
         source = config["anchor"].get("class_path", "given coefficients")
-        if self._is_fixed:
+        if self.is_fixed:
             return str(source)
         options = {name: config["anchor"].get(name) for name in ("init_args", "set_timesteps", "step")}
         options["init_args"] = {k: v for k, v in (options["init_args"] or {}).items() if k != "trained_betas"}

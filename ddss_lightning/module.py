@@ -27,7 +27,7 @@ from ddss_lightning.losses.elsewhere import InFeatures
 from ddss_lightning.losses.frechet import FrechetResidual
 from ddss_lightning.losses.kid import KIDLoss
 from ddss_lightning.losses.slope import slope_by_parts
-from ddss_lightning.noise import batch_noise
+from ddss_lightning.noise import batch_noise, independent_indices
 from ddss_lightning.precision import full_precision
 from ddss_lightning.sample_moments import SampleMoments
 from ddss_lightning.sampling import LARGE, SamplingModule, check_kind
@@ -91,8 +91,8 @@ class DDSSModule(SamplingModule):
             validates, keeps its best sampler, and ends with an error.
         gauss_newton: settings of Gauss-Newton steps; None: Adam on `loss`.
         teacher: whose images a `TeacherLoss` compares with.
-        seed: of all noise; training, validation, test and prediction noise are kept apart. None: 0, on the command line
-            `seed_everything`.
+        seed: of all noise but that of the teacher's pairs (`TeacherPairs.seed`), and of their order; training,
+            validation, test and prediction noise are kept apart. None: 0, on the command line `seed_everything`.
 
     Raises:
         ValueError: parts that do not fit together, or an argument outside its range.
@@ -209,7 +209,7 @@ class DDSSModule(SamplingModule):
             # It was stopped for that, and has another try.
             self.num_skipped_in_a_row = 0
         if self.needs_teacher and self.teacher is not None:
-            self.teacher.batch(0, self.trainer.world_size * self.batch_size)
+            self.teacher.batch(0, self.trainer.world_size * self.batch_size, self.seed)
             try:
                 self.teacher.sampler(self.denoiser)
             except ValueError as error:
@@ -276,7 +276,7 @@ class DDSSModule(SamplingModule):
         if agreed(self.trainer, bool(received)):
             stop(self.trainer, received[0] if received else SIGNALS[0], f"{NOTHING_LEARNED}; its images are kept")
         offsets = self.start_noise_offsets
-        return TeacherBatches(self.teacher, self.denoiser, self.batch_size, rank, world_size, offsets)
+        return TeacherBatches(self.teacher, self.denoiser, self.batch_size, rank, world_size, offsets, self.seed)
 
     @torch.no_grad()
     def _encode_target(self, network: FeatureExtractor | None = None) -> Tensor:
@@ -344,18 +344,17 @@ class DDSSModule(SamplingModule):
         """What this process's batch starts from.
 
         Returns:
-            Key and indices of the samples, x_T, noise of the steps, and the teacher's images from x_T, where they are
-            needed. x_T requires a gradient where it is to move.
+            Key and indices of the samples' conditions (`Denoiser.for_samples`), x_T, noise of the steps, and the
+            teacher's images from x_T, where they are needed. x_T requires a gradient where it is to move.
         """
-        start = self.global_rank * self.batch_size
-        samples = range(start, start + self.batch_size)
+        start, stop = (rank * self.batch_size for rank in (self.global_rank, self.global_rank + 1))
         noisy = self.sampler.uses_noise
         draws = self.sampler.num_steps if noisy else 1
         key = ("train", self.seed, self.global_step)
-        x_T, drawn = batch_noise(key, samples.start, samples.stop, self.denoiser.state_shape, draws)
+        x_T, drawn = batch_noise(key, start, stop, self.denoiser.state_shape, draws)
         noise = drawn if noisy else None
         if self._teacher_batches is None:
-            return "/".join(map(str, key)), samples, x_T, noise, None
+            return "/".join(map(str, key)), independent_indices(key, start, stop), x_T, noise, None
         pairs, x_T, target = self._teacher_batches.start(self.global_step)
         key_of_pairs = self._teacher_batches.teacher.noise_key
         return key_of_pairs, pairs, x_T, noise, target.to(self.device, self.image_dtype)
@@ -568,11 +567,13 @@ class DDSSModule(SamplingModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def _compared(self) -> dict[str, Any]:
-        """What each loss is, the teacher pairs where one needs them, but for how they are kept on disk; guidance, and
-        the optimiser where it is not Adam, as in older checkpoints.
+        """What each loss is, and the features that it sees; the teacher pairs where one needs them, but for how they
+        are kept on disk; guidance, and the optimiser where it is not Adam, as in older checkpoints.
         """
         losses = every_loss(self.loss).items()
         found: dict[str, Any] = {f"loss.{name}".rstrip("."): part.identity() for name, part in losses}
+        if "features" in self.loss.needs and self.gauss_newton is None:
+            found["features"] = self.features.identity()
         if self.teacher is not None and self.needs_teacher:
             settings = dataclasses.asdict(self.teacher).items()
             found |= {f"teacher.{name}": each for name, each in settings if name not in ("cache_dir", "chunk_size")}
@@ -604,8 +605,8 @@ class DDSSModule(SamplingModule):
         """
         super().on_load_checkpoint(checkpoint)
         ours = self._compared()
-        # Older checkpoints do not say.
-        theirs = checkpoint.get("compared", ours)
+        # Older checkpoints do not say, or not of the features.
+        theirs = {"features": ours.get("features"), **checkpoint.get("compared", ours)}
         other = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
         if other and self._trainer is not None and self.trainer.state.fn == "fit":
             pairs = ", ".join(f"{key}: {theirs.get(key)} instead of {ours.get(key)}" for key in other)

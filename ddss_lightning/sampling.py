@@ -73,7 +73,7 @@ class SamplingModule(LightningModule):
         self.remat, self.seed = Remat.parse(remat), seed
         self.features_batch_size = features_batch_size
         self._real: Tensor | None = None
-        self._real_source: object = None
+        self._real_source: tuple[object, str] | None = None
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
@@ -170,15 +170,16 @@ class SamplingModule(LightningModule):
     # ---------------------------------------------------------------------------------------------- real images
 
     def real_features(self) -> Tensor:
-        """Features of all real images of the data module, shape (m, d), computed once for each data module.
+        """Features of all real images of the data module, shape (m, d), computed once for each of both.
 
         Raises:
             ValueError: no data module, fewer than two images, images of another shape than the model's, NaN, or values
                 outside [-1, 1].
         """
         datamodule = getattr(self.trainer, "datamodule", None)
-        if self._real is None or self._real_source is not datamodule:
-            self._real, self._real_source = self.encode_real(self.features), datamodule
+        source = (datamodule, self.features.identity())
+        if self._real is None or self._real_source != source:
+            self._real, self._real_source = self.encode_real(self.features), source
         # The same data module, but now a Trainer on another device.
         self._real = self._real.to(self.device) if self._real.device != self.device else self._real
         return self._real

@@ -38,8 +38,9 @@ class TeacherPairs:
     are used: the code of a denoiser may have changed. Noise is drawn again when it is needed, by (seed, index),
     apart from all other noise.
 
-    A step takes its global batch from permutations of the pairs that are a function of (seed, epoch), each pair at most
-    once in an epoch: a fit is the same on any number of processes and however often it is resumed.
+    A step takes its global batch from permutations of the pairs that are a function of the fit's own seed and the
+    epoch, each pair at most once in an epoch: a fit is the same on any number of processes and however often it is
+    resumed, and fits of other seeds can share the pairs.
 
     With `relax_radius` r > 0 the sampler need not hit the teacher's image from exactly x_T, but from somewhere near:
 
@@ -62,7 +63,7 @@ class TeacherPairs:
             entries; 0: x_T stays. LD3's own runs on 3 x 32 x 32 images used 0.03.
         relax_step: s, length of a step as a fraction of r.
         cache_dir: folder of the cache; default `ddss_lightning` in `$XDG_CACHE_HOME`, else in `~/.cache`.
-        seed: of the noise and of the order.
+        seed: of the noise.
 
     Raises:
         ValueError: an argument outside its range.
@@ -137,11 +138,12 @@ class TeacherPairs:
 
     def _recipe(self, denoiser: Denoiser) -> dict[str, Any]:
         """What the coefficients follow from: they themselves differ in the last digits between machines."""
-        config = dict(self.sampler(denoiser).config)
+        sampler = self.sampler(denoiser)
+        config = dict(sampler.config)
         anchor = config["anchor"]
         if config["timesteps"] is not None:
             config["timesteps"] = [round(timestep, 3) for timestep in config["timesteps"]]
-        if isinstance(anchor, dict) and "class_path" in anchor:
+        if isinstance(anchor, dict) and not sampler.is_fixed:
             import diffusers
 
             anchor = {name: value for name, value in anchor.items() if name != "coefficients"}
@@ -263,8 +265,8 @@ class TeacherPairs:
         """x_T of these pairs, shape (n, *state_shape)."""
         return held_out_noise(self.noise_key, list(indices), state_shape, 1)[0]
 
-    def batch(self, step: int, global_batch: int) -> list[int]:
-        """The pairs of a step, of all processes together; never the same pair twice.
+    def batch(self, step: int, global_batch: int, seed: int) -> list[int]:
+        """The pairs of a step, of all processes together, in the order of this seed; never the same pair twice.
 
         Raises:
             ValueError: fewer pairs than a batch has.
@@ -275,7 +277,7 @@ class TeacherPairs:
                 f"{self.num_pairs}; raise num_pairs or lower batch_size."
             )
         epoch, position = divmod(step, self.num_pairs // global_batch)
-        order = torch.randperm(self.num_pairs, generator=generator_for("teacher", self.seed, epoch))
+        order = torch.randperm(self.num_pairs, generator=generator_for("teacher", seed, epoch))
         pairs: list[int] = order[position * global_batch : (position + 1) * global_batch].tolist()
         return pairs
 

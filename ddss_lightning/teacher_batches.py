@@ -26,6 +26,7 @@ class TeacherBatches:
         world_size: how many processes there are.
         offsets: x'_T - x_T of all pairs as an earlier fit left them, shape (num_pairs, *state_shape), which this object
             changes from now on; None: 0.
+        seed: of the order of the pairs.
 
     Attributes:
         images: the teacher's, of all pairs.
@@ -43,8 +44,9 @@ class TeacherBatches:
         rank: int = 0,
         world_size: int = 1,
         offsets: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
-        self.teacher, self.state_shape = teacher, denoiser.state_shape
+        self.teacher, self.state_shape, self.seed = teacher, denoiser.state_shape, seed
         self.images = teacher.load(denoiser)
         self._own = slice(rank * batch_size, (rank + 1) * batch_size)
         self._global_batch = world_size * batch_size
@@ -89,4 +91,4 @@ class TeacherBatches:
 
     def _pairs(self, step: int) -> list[int]:
         """Of all processes."""
-        return self.teacher.batch(step, self._global_batch)
+        return self.teacher.batch(step, self._global_batch, self.seed)

@@ -674,6 +674,21 @@ def test_damaged_scores_are_told(content, tmp_path):
         Scores(path, {})
 
 
+def test_two_comparisons_in_one_folder_keep_the_scores_of_both(tmp_path):
+    """At the same time; another protocol in between is told, and its scores stay."""
+    path = tmp_path / "scores.json"
+    one, other = Scores(path, {"images": 10}), Scores(path, {"images": 10})
+    one.put("one", {"fid": 1.0})
+    other.put("two", {"fid": 2.0})
+    one.put("three", {"fid": 3.0})
+    assert Scores(path, {"images": 10}).cells == {"one": {"fid": 1.0}, "two": {"fid": 2.0}, "three": {"fid": 3.0}}
+    path.unlink()
+    Scores(path, {"images": 20}).put("one", {"fid": 4.0})
+    with pytest.raises(ValueError, match=r"another protocol \(different: images\)"):
+        other.put("four", {"fid": 5.0})
+    assert Scores(path, {"images": 20}).cells == {"one": {"fid": 4.0}}
+
+
 def test_recipes_lie_on_top_of_each_other(tmp_path):
     recipes, settings, others = parse(["-c", "a.yaml", "--config=b.yaml", "--steps", "3", "--data.root=x"])
     assert (recipes, settings.steps, others) == (["a.yaml", "b.yaml"], [3], ["--data.root=x"])

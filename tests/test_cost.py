@@ -70,7 +70,7 @@ def test_the_planned_calls_are_those_that_are_made(denoiser, features, kind, tmp
     module.log = lambda *_args, **_kwargs: None
     module._real = features(torch.rand(200, 1, 8, 8))
     module.encode_real = lambda network: torch.rand(200, network.num_features)
-    module._real_source = None
+    module._real_source = (None, module.features.identity())
     # Features are taken from inner layers: what every call begins with sees them all.
     counted = Counted(denoiser.unet.conv_in if kind == "own features of all" else denoiser)
     module.on_train_start()

@@ -792,6 +792,41 @@ def test_a_checkpoint_of_another_loss_or_teacher(tmp_path):
         resume(another(30), path)
 
 
+def test_a_checkpoint_of_other_features(tmp_path):
+    """The running moments in it are of theirs."""
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    options = {"limit_val_batches": 0}
+    trainer(tmp_path, 1, callbacks=[keep], **options).fit(make(loss=FrechetLoss()), data(1))
+    path = tmp_path / "last.ckpt"
+    module = make(loss=FrechetLoss())
+    with torch.no_grad():
+        for value in module.features.parameters():
+            value.neg_()
+    with pytest.raises(ValueError, match=r"\(features: ConvFeatures \(\w+\) instead of ConvFeatures \(\w+\)\)"):
+        trainer(tmp_path, 2, enable_checkpointing=False, **options).fit(module, data(1), ckpt_path=path)
+    old = torch.load(path, weights_only=True)
+    del old["compared"]["features"]
+    torch.save(old, path)
+    again = trainer(tmp_path, 2, enable_checkpointing=False, **options)
+    again.fit(make(loss=FrechetLoss()), data(1), ckpt_path=path)
+    assert again.global_step == 2
+
+
+def test_the_order_of_the_teacher_s_pairs_is_that_of_the_seed(tmp_path):
+    """With another one a fit is another, and the pairs are not made again; they were the same to the last bit."""
+
+    def fit(seed):
+        pairs = TeacherPairs(40, 4, cache_dir=str(tmp_path))
+        module = make(seed=seed, loss=TeacherLoss(), teacher=pairs, sampler={"learn": ("mu", "nu")})
+        trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
+        return torch.cat([value.detach().flatten() for value in module.sampler.corrections.values()])
+
+    first = fit(0)
+    assert torch.equal(fit(0), first)
+    assert not torch.equal(fit(1), first)
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+
+
 def test_a_module_is_made_from_its_checkpoint(tmp_path):
     """With its settings, which are saved as plain values."""
     settings = {"teacher": TeacherPairs(20, 4, cache_dir=str(tmp_path)), "gauss_newton": GaussNewton(rank=5)}

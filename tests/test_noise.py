@@ -3,7 +3,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ddss_lightning.noise import batch_noise, draw_noise, generator_for, held_out_noise
+from ddss_lightning import KIDLoss
+from ddss_lightning.losses import Samples
+from ddss_lightning.noise import (
+    batch_noise,
+    draw_noise,
+    generator_for,
+    held_out_noise,
+    independent_indices,
+    take_turns,
+)
 
 
 def test_keys_tell_generators_apart():
@@ -46,3 +55,34 @@ def test_noise_of_a_batch_is_the_same_however_it_is_split(shape):
     assert torch.equal(torch.cat([z for _, z in parts], 1), noise)
     assert len(x_T.flatten(1)[:, 0].unique()) == num
     assert not torch.equal(batch_noise(("train", 0, 8), 0, num, shape, 3)[0], x_T)
+
+
+def test_independent_indices_are_the_same_however_a_batch_is_split():
+    key = ("train", 0, 7)
+    whole = independent_indices(key, 0, 2500)
+    edges = [0, 1, 1000, 1030, 2500]
+    assert [index for start, stop in pairwise(edges) for index in independent_indices(key, start, stop)] == whole
+    assert len(set(whole)) == 2500
+    assert independent_indices(("train", 0, 8), 0, 2500) != whole
+    # 3 classes are equally likely, and one says nothing of the next.
+    classes = take_turns("train/0/7", whole, 3)
+    pairs = torch.bincount(3 * classes[:-1] + classes[1:], minlength=9)
+    assert ((pairs - 2499 / 9).abs() < 5 * (2499 / 9) ** 0.5).all()
+
+
+def test_the_kid_of_a_training_batch_is_unbiased_and_lower_by_what_is_known_where_classes_take_turns():
+    """Two classes, one feature that is their sign: the kernel is 8 within a class and 0 between two."""
+    loss = KIDLoss(kernel="cubic")
+    loss.fit_real(torch.tensor([[1.0], [-1.0]]).repeat(1000, 1))
+
+    def mean(indices):
+        values = [
+            loss(Samples(features=take_turns(f"k/{step}", indices(step), 2)[:, None] * 2.0 - 1)) for step in range(3000)
+        ]
+        return float(torch.stack(values).mean()), float(torch.stack(values).std()) / 3000**0.5
+
+    # Of real images half of the pairs, but for a thousandth, are of one class.
+    found, error = mean(lambda step: independent_indices(("k", step), 0, 4))
+    assert abs(found) < 4 * error + 0.01 < 0.3
+    in_turn, _ = mean(lambda _: range(4))
+    assert in_turn == pytest.approx(-8 / (2 * (4 - 1)), abs=0.01)

@@ -1,4 +1,5 @@
 import types
+from dataclasses import replace
 
 import pytest
 import rich.progress
@@ -90,6 +91,18 @@ def test_another_model_or_teacher_has_other_files(pairs, mixture, schedule, tmp_
     assert heun.sampler(mixture).coefficients().num_steps == 9
 
 
+def test_a_learned_sampler_as_teacher_is_known_by_its_numbers(pairs, mixture):
+    """Of those of one model the source says no more than that; images of one were taken for those of another."""
+    coefficients = pairs.sampler(mixture).coefficients()
+    source = {"class_path": "GGDMScheduler of a sampler for a model without a name"}
+
+    def key(nu):
+        anchor = {**source, "coefficients": replace(coefficients, nu=nu).to_lists()}
+        return replace(pairs, anchor=anchor).key(mixture)
+
+    assert key(coefficients.nu) == key(coefficients.nu.clone()) != key(coefficients.nu + 1e-3)
+
+
 def test_what_cannot_be_read_is_refused(pairs, mixture):
     double(pairs, mixture)
     path = pairs.folder(mixture) / "00000004-00000008.safetensors"
@@ -114,14 +127,15 @@ def test_images_that_are_not_finite_are_not_kept(pairs, mixture, monkeypatch):
 
 def test_batches_are_permutations_by_seed_and_epoch():
     pairs = TeacherPairs(num_pairs=10)
-    epochs = [[index for step in range(start, start + 3) for index in pairs.batch(step, 3)] for start in (0, 3)]
+    epochs = [[index for step in range(start, start + 3) for index in pairs.batch(step, 3, 0)] for start in (0, 3)]
     for epoch in epochs:
         assert len(set(epoch)) == 9
         assert set(epoch) <= set(range(10))
     assert epochs[0] != epochs[1]
-    assert TeacherPairs(num_pairs=10).batch(4, 3) == pairs.batch(4, 3) != TeacherPairs(10, seed=1).batch(4, 3)
+    # The order is that of the fit, whatever the pairs.
+    assert TeacherPairs(num_pairs=10, seed=1).batch(4, 3, 0) == pairs.batch(4, 3, 0) != pairs.batch(4, 3, 1)
     with pytest.raises(ValueError, match=r"A batch of 11 images.* there are 10; raise num_pairs or lower batch_size"):
-        pairs.batch(0, 11)
+        pairs.batch(0, 11, 0)
 
 
 def test_start_noise_moves_against_the_gradient_and_stays_in_the_ball():

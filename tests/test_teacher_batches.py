@@ -24,7 +24,8 @@ def gradient(indices):
 def test_a_batch_is_the_teachers_own_noise_and_images(pairs, mixture):
     batches = TeacherBatches(replace(pairs, relax_radius=0.0), mixture, batch_size=4)
     indices, x_T, images = batches.start(step=3)
-    assert indices == pairs.batch(3, 4)
+    assert indices == pairs.batch(3, 4, 0)
+    assert TeacherBatches(pairs, mixture, batch_size=4, seed=5).start(3)[0] == pairs.batch(3, 4, 5) != indices
     assert torch.equal(x_T, pairs.noise(indices, SHAPE))
     assert torch.equal(images, pairs.load(mixture)[indices])
     assert not x_T.requires_grad

@@ -14,32 +14,47 @@ Cell = dict[str, float | None]
 
 
 class Scores:
-    """Scores on disk, so that what is finished is never computed again. Each write replaces the file at once."""
+    """Scores on disk, so that what is finished is never computed again. Each write replaces the file at once.
+
+    Args:
+        path: the file; there need not be one yet.
+        protocol: see `protocol_of`.
+
+    Raises:
+        ValueError: a damaged file, or scores of another protocol.
+    """
 
     def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
         # As it comes back from the file: without tuples.
         self.path, self.protocol = path, json.loads(json.dumps(protocol))
-        self.cells: dict[str, Cell] = {}
-        if path.exists():
-            try:
-                stored = json.loads(path.read_text())
-                known, cells = dict(stored["protocol"]), dict(stored["cells"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"The scores in '{path}' are damaged ({error}); delete the file, or give another --output."
-                ) from error
-            if known != self.protocol:
-                keys = dict.fromkeys([*self.protocol, *known])
-                changed = [key for key in keys if known.get(key) != self.protocol.get(key)]
-                raise ValueError(
-                    f"'{path}' holds scores of another protocol (different: {', '.join(changed)}); give another "
-                    "--output."
-                )
-            self.cells = cells
+        self.cells: dict[str, Cell] = self._stored()
+
+    def _stored(self) -> dict[str, Cell]:
+        if not self.path.exists():
+            return {}
+        try:
+            stored = json.loads(self.path.read_text())
+            known, cells = dict(stored["protocol"]), dict(stored["cells"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The scores in '{self.path}' are damaged ({error}); delete the file, or give another --output."
+            ) from error
+        if known != self.protocol:
+            keys = dict.fromkeys([*self.protocol, *known])
+            changed = [key for key in keys if known.get(key) != self.protocol.get(key)]
+            raise ValueError(
+                f"'{self.path}' holds scores of another protocol (different: {', '.join(changed)}); give another "
+                "--output."
+            )
+        return cells
 
     def put(self, key: str, cell: Cell) -> None:
-        """Keep one cell."""
-        self.cells[key] = cell
+        """Keep one cell, beside those that another comparison has put there meanwhile.
+
+        Raises:
+            ValueError: the file was damaged meanwhile, or is of another protocol.
+        """
+        self.cells = {**self._stored(), **self.cells, key: cell}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as partial:
             partial.write_text(

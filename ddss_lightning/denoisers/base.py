@@ -60,7 +60,8 @@ class Denoiser(Frozen, ABC):
 
         Args:
             key: what the samples are for, such as `validation/0`.
-            indices: of the samples in the batch, in order. Condition and noise of a sample follow from (key, index).
+            indices: of the samples in the batch, in order, from 0 on: condition and noise of a sample follow from (key,
+                index). A training step without teacher pairs gives random ones below 2^40, for its conditions alone.
         """
         return self
 
@@ -117,6 +118,6 @@ def check_takes_turns(denoiser: Denoiser) -> None:
     """
     if getattr(denoiser, "shown", None) is not None:
         raise ValueError(
-            f"The labels that '{denoiser.name}' was given would not be shown: in learning, scores and teacher pairs "
-            "the classes take turns. Use the denoiser without `with_labels`, with a `guidance_scale`."
+            f"The labels that '{denoiser.name}' was given would not be shown: fits, scores and teacher pairs are of "
+            "all classes. Use the denoiser without `with_labels`, with a `guidance_scale`."
         )

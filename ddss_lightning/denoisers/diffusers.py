@@ -224,7 +224,8 @@ class DiffusersDenoiser(Denoiser):
     def for_samples(self, key: str, indices: Sequence[int]) -> DiffusersDenoiser:
         """The same frozen network with the condition of each of these samples; nothing is copied.
 
-        With a `guidance_scale` the conditions take turns over the indices, in an order that is a function of the key;
+        With a `guidance_scale` the conditions take turns over the indices, in an order that is a function of the key
+        (in a training step the indices are random, and the conditions independent, see `independent_indices`);
         without one, it is this denoiser.
         """
         if self.guidance_scale is None:

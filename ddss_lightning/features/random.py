@@ -21,7 +21,8 @@ def _reflected(x: Tensor) -> Tensor:
 
 
 def _random_convolution(inputs: int, outputs: int, generator: torch.Generator) -> nn.Conv2d:
-    layer = nn.Conv2d(inputs, outputs, 3)
+    # Without its own initialisation, which would move torch's global generator.
+    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3)
     weight, bias = torch.randn(outputs, inputs, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
     layer.weight, layer.bias = nn.Parameter(weight * math.sqrt(2 / (9 * inputs))), nn.Parameter(bias)
     return layer

@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddss_lightning import (
+    ConvFeatures,
     DigitsDataModule,
     GGDMSampler,
     Interruption,
@@ -28,6 +29,7 @@ from ddss_lightning.metrics import frechet_distance, gaussian_moments
 from ddss_lightning.noise import held_out_noise
 from ddss_lightning.pictures import image_grid
 from ddss_lightning.saved import read_card
+from tests.conftest import FEATURES
 from tests.test_module import data, make, trainer
 
 
@@ -159,6 +161,25 @@ def test_the_score_is_the_formula_on_the_held_out_noise(tmp_path):
         made = module.features(to_pixels(module.sampler(module.denoiser, x_T, noise=noise)))
         expected = frechet_distance(*gaussian_moments(made), *gaussian_moments(module.real_features()))
     assert result["test/fid"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_scores_follow_the_feature_network(tmp_path):
+    """Replaced, and changed in place; they stayed those of the one before."""
+    module, datamodule = make(), data()
+    other = ConvFeatures.from_pretrained(FEATURES)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.mul_(1.5)
+
+    def fid(each):
+        runner = trainer(tmp_path, 1, callbacks=[SampleQuality()], enable_checkpointing=False)
+        return runner.validate(each, datamodule, verbose=False)[0]["val/fid"]
+
+    first, expected = fid(module), fid(SamplingModule(module.denoiser, module.sampler, other))
+    module.features.load_state_dict(other.state_dict())
+    assert fid(module) == expected != first
+    module.features = ConvFeatures.from_pretrained(FEATURES).freeze()
+    assert fid(module) == first
 
 
 def test_without_a_logger_nobody_asks_for_one(tmp_path):

@@ -27,7 +27,7 @@ from ddss_lightning.cost import calls_per_step, teacher_calls
 from ddss_lightning.denoisers import DiffusersDenoiser
 from ddss_lightning.images import to_pixels
 from ddss_lightning.module import CHECKED_IMAGES
-from ddss_lightning.noise import held_out_noise, take_turns
+from ddss_lightning.noise import held_out_noise, independent_indices, take_turns
 from ddss_lightning.scheduler import GGDMScheduler
 from tests.test_scheduler import tiny_vae
 
@@ -154,9 +154,15 @@ def fitted(module, tmp_path, batches=1):
 
 
 def test_the_gradient_is_that_of_the_classes_whole_and_in_parts(guided, features, tmp_path):
-    """Against a denoiser that is shown the labels of the batch, and with the batch in parts of 4 and 2."""
+    """Against a denoiser that is shown the labels of the batch, and with the batch in parts of 4 and 2.
+
+    The labels are independent of each other: in turn they would be two of each class.
+    """
+    drawn = independent_indices(("train", 0, 0), 0, 6)
+    assert sorted(classes("train/0/0", drawn).tolist()) != [0, 0, 2, 2, 3, 3]
     fixed = copy.copy(guided)
-    fixed.for_samples = lambda _, indices: guided.with_labels(classes("train/0/0", indices), 2.0)
+    of_drawn = dict(zip(drawn, classes("train/0/0", drawn).tolist(), strict=True))
+    fixed.for_samples = lambda _, indices: guided.with_labels([of_drawn.get(index, 0) for index in indices], 2.0)
     gradients = []
     for denoiser, options in ((fixed, {}), (guided, {}), (guided, {"microbatch_size": 4, "remat": "denoiser"})):
         module = DDSSModule(denoiser, GGDMSampler(guided.schedule, 3), features, batch_size=6, **options)
