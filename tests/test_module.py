@@ -330,7 +330,8 @@ def test_noise_is_a_function_of_seed_step_and_index(tmp_path, monkeypatch):
         module = make(seed=seed)
         trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=0).fit(module, data())
         results.append(module.sampler.corrections["mu"].detach().clone())
-    assert [key for key in keys if key[0] == "train"][:2] == [("train", 7, 0, 0), ("train", 7, 1, 0)]
+    drawn = [("train", 7, 0, 0), ("train", 7, 0, "conditions", 0), ("train", 7, 1, 0)]
+    assert [key for key in keys if key[0] == "train"][:3] == drawn
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
@@ -947,7 +948,7 @@ def test_told_to_stop_while_the_teachers_images_are_made(tmp_path, monkeypatch, 
 def test_each_process_with_moments_of_its_own_is_refused():
     module = make(loss=WeightedSum({"frechet": FrechetLoss()}), gather_features=False)
     module._trainer = SimpleNamespace(world_size=2, datamodule=None)
-    module._real = torch.rand(9, 64)
+    module._real, module._real_source = torch.rand(9, 64), (None, module.features.identity())
     with pytest.raises(ValueError, match="a loss with running moments needs gather_features=True"):
         module.on_train_start()
 
@@ -1016,6 +1017,12 @@ def test_a_resumed_fit_with_another_layer_is_refused(tmp_path):
 
     checkpoint = fit("1", 1)
     fit("1", 2, checkpoint)
+    with pytest.raises(ValueError, match=r"another loss.*layer 1 instead of .*layer 2"):
+        fit("2", 2, checkpoint)
+    # Of a checkpoint that does not say what the loss saw, as older ones, the scores do.
+    old = torch.load(checkpoint, weights_only=True)
+    del old["compared"]["features"]
+    torch.save(old, checkpoint)
     with pytest.raises(ValueError, match=r"not comparable.*layer 1 instead of .*layer 2"):
         fit("2", 2, checkpoint)
 
