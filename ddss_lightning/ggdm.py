@@ -27,6 +27,7 @@ from ddss_lightning.unroll import Network, unroll
 Degree = Literal["mu", "nu", "std", "pred", "time", "logsnr"]
 Parametrization = Literal["anchored", "ggdm"]
 DEGREES: tuple[Degree, ...] = get_args(Degree)
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class GGDMSampler(nn.Module):
@@ -373,7 +374,7 @@ class GGDMSampler(nn.Module):
         self,
         denoiser: Network,
         x_T: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         noise: Tensor | None = None,
         remat: str | Remat = "none",
     ) -> Tensor:
@@ -382,7 +383,7 @@ class GGDMSampler(nn.Module):
         Args:
             denoiser: (x_k, timestep) -> output of `prediction_type`; a `Denoiser` or any function.
             x_T: standard normal, shape (N, C, H, W).
-            generator: draws the noise of the steps where `noise` is not given.
+            generator: draws the noise of the steps where `noise` is not given; a list, as in diffusers: one an image.
             noise: noise of the steps, shape (K - 1, N, C, H, W).
             remat: what is kept for the backward pass, see `unroll`.
 
@@ -391,7 +392,7 @@ class GGDMSampler(nn.Module):
 
         Raises:
             ValueError: the sampler was not made for such a denoiser, see `check_denoiser`; it returns no tensor; wrong
-                noise or remat.
+                noise, generators or remat.
         """
         self.check_denoiser(denoiser)
         coefficients = self.coefficients() if torch.is_grad_enabled() else self._constant_coefficients()
@@ -497,8 +498,16 @@ def _with_timesteps(config: dict[str, Any], schedule: NoiseSchedule) -> dict[str
     return {**config, "timesteps": initial.tolist()}
 
 
-def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers of the shape of x, drawn on the generator's device."""
+def randn_like(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers of the shape of x, drawn on the generator's device.
+
+    Raises:
+        ValueError: several generators, and not one for each image.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(f"{len(generator)} generators were given for {len(x)} images; give one, or one for each.")
+        return torch.cat([randn_like(image, each) for image, each in zip(x.split(1), generator, strict=True)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 

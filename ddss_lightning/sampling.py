@@ -109,12 +109,13 @@ class SamplingModule(LightningModule):
             ValueError: nothing there, or a sampler that was learned for another denoiser.
         """
         sampler, base_model = GGDMSampler.from_pretrained(pretrained_path), read_card(pretrained_path)["base_model"]
-        self._check_parts(self.denoiser, sampler, self.features)
+        # First: what follows from it, such as another prediction type, says less.
         if base_model.get("fingerprint", self.denoiser.fingerprint()) != self.denoiser.fingerprint():
             raise ValueError(
                 f"The sampler in '{pretrained_path}' was learned for '{base_model.get('name')}' (fingerprint "
                 f"{base_model['fingerprint']}), not for '{self.denoiser.name}' ({self.denoiser.fingerprint()})."
             )
+        self._check_parts(self.denoiser, sampler, self.features)
         self._compare_settings(pretrained_path, base_model.get("settings"))
         degrees = [name for name in learn if name != "logsnr"]
         if degrees and not sampler.corrections:
@@ -311,7 +312,16 @@ class SamplingModule(LightningModule):
         Args:
             split: `validation`, `test` or `predict`.
             indices: integers, shape (N,).
+
+        Raises:
+            ValueError: something else.
         """
+        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
+            shape = f" of {indices.dtype}, shape {tuple(indices.shape)}" * isinstance(indices, Tensor)
+            raise ValueError(
+                f"A batch of {split} must be the indices of its noise, integers of shape (N,), got "
+                f"{type(indices).__name__}{shape}; take the loaders of ImageDataModule, which give them."
+            )
         return to_pixels(self._unclamped(split, indices))
 
     def _unclamped(self, split: str, indices: Tensor) -> Tensor:

@@ -745,6 +745,9 @@ def test_an_output_folder_in_use_is_refused_by_all_processes(tmp_path):
     with pytest.raises(ValueError, match=r"mine.txt/out' cannot be made or written to; give another output_dir"):
         ImageWriter(str(tmp_path / "mine.txt" / "out")).setup(alone, grey, "predict")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    # There even who may write everywhere cannot make a folder.
+    with pytest.raises(ValueError, match=r"The output folder '/proc/out' cannot be made .*; give another output_dir"):
+        ImageWriter("/proc/out").setup(alone, grey, "predict")
 
 
 def test_fewer_images_than_processes_are_refused():
@@ -797,7 +800,7 @@ def test_a_command_without_a_recipe_and_parts_of_one_s_own_that_fail(capsys, tmp
         "class Epsilon(Betas):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.schedule = ddss_lightning.NoiseSchedule(torch.tensor([1.0, 0.0]))\n"
+        "        self.schedule = ddss_lightning.NoiseSchedule(torch.tensor([1.0, -1.0]))\n"
         "class Lookup(ddss_lightning.DiffusersDenoiser):\n"
         "    def forward(self, x_t, timestep):\n"
         "        return {}['boo']\n"

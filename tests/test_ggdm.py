@@ -350,6 +350,21 @@ def test_saved_samplers_from_before_strides_began_earlier_stay_what_they_were(tm
     assert again.timesteps()[0] == 999
 
 
+def test_a_generator_for_each_image(schedule):
+    """As diffusers' pipelines take them: each image is that of its generator alone."""
+    sampler, x_T = GGDMSampler(schedule, 3, anchor="ddim", eta=1.0), torch.ones(2, 1, 3, 3)
+
+    def images(x, generator):
+        with torch.no_grad():
+            return sampler(lambda x, _: 0.1 * x.tanh(), x, generator=generator)
+
+    both = images(x_T, [torch.Generator().manual_seed(seed) for seed in (3, 5)])
+    for seed, image in zip((3, 5), both.split(1), strict=True):
+        assert torch.equal(images(x_T[:1], torch.Generator().manual_seed(seed)), image)
+    with pytest.raises(ValueError, match=r"1 generators were given for 2 images; give one, or one for each\."):
+        images(x_T, [torch.Generator()])
+
+
 def test_noise_that_is_being_learned_has_a_slope_at_zero(schedule):
     """A loop of one's own draws none itself: its `std` stayed at 0 for ever."""
     sampler, x_T = GGDMSampler(schedule, 4, learn=("std",)), torch.ones(2, 1, 3, 3)

@@ -561,11 +561,27 @@ def test_features_of_another_length_than_they_say_are_refused(make_features, mes
 def test_a_sampler_of_another_model_is_refused_without_a_word_on_its_settings(tmp_path):
     module = make()
     base_model = {**module.base_model, "fingerprint": "0" * 16, "settings": {"guidance_scale": 2.0}}
-    module.sampler.save_pretrained(tmp_path, base_model=base_model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(ValueError, match=r"was learned for '.*' \(fingerprint 0000"):
-            module.load_sampler(tmp_path)
+    module.sampler.save_pretrained(tmp_path / "a", base_model=base_model)
+    # What it predicts is that model's, too, and no advice.
+    other = GGDMSampler(module.denoiser.schedule, 3, prediction_type="v_prediction")
+    other.save_pretrained(tmp_path / "b", base_model=base_model)
+    for name in ("a", "b"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ValueError, match=rf"{name}' was learned for '.*' \(fingerprint 0000"):
+                module.load_sampler(tmp_path / name)
+
+
+def test_batches_that_are_no_indices_are_told(tmp_path):
+    """Images from a data module of one's own were taken for numbers of noise, and printed whole."""
+    module = make()
+    for batch, got in (
+        (torch.zeros(4, 1, 8, 8), r"Tensor of torch.float32, shape \(4, 1, 8, 8\)"),
+        (torch.zeros(4), r"Tensor of torch.float32, shape \(4,\)"),
+        ([torch.arange(4)], "list;"),
+    ):
+        with pytest.raises(ValueError, match=f"of validation must be the indices of its noise, .* got {got}"):
+            module.validation_step(batch, 0)
 
 
 def test_parts_of_one_s_own_are_told_what_they_lack(denoiser, features):

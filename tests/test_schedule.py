@@ -132,9 +132,15 @@ def test_bad_schedules():
         NoiseSchedule(torch.zeros(1))
     with pytest.raises(ValueError, match="must be finite"):
         NoiseSchedule(torch.tensor([0.0, -torch.inf]))
+    cumulative = DDPMScheduler().alphas_cumprod
+    with pytest.raises(ValueError, match=r"got 0\.9999 to 4\.036e-05\. Use .* of alphas_cumprod a, NoiseS"):
+        NoiseSchedule(cumulative)
+    with pytest.raises(ValueError, match=r"must begin above 0, near the image, .* got -0\.0001 to -10\.12\."):
+        NoiseSchedule(cumulative.log())
+    assert NoiseSchedule(cumulative.double().logit() / 2).matches(NoiseSchedule.from_scheduler(DDPMScheduler()))
     with pytest.raises(ValueError, match="timesteps must be 2 finite, strictly increasing"):
-        NoiseSchedule(torch.tensor([1.0, 0.0]), timesteps=torch.tensor([1.0, 1.0]))
+        NoiseSchedule(torch.tensor([1.0, -1.0]), timesteps=torch.tensor([1.0, 1.0]))
     with pytest.raises(ValueError, match="Unknown scaling 've'"):
-        NoiseSchedule(torch.tensor([1.0, 0.0]), scaling="ve")
+        NoiseSchedule(torch.tensor([1.0, -1.0]), scaling="ve")
     with pytest.raises(ValueError, match="sigma_data must be a positive number"):
-        NoiseSchedule(torch.tensor([1.0, 0.0]), sigma_data=0.0)
+        NoiseSchedule(torch.tensor([1.0, -1.0]), sigma_data=0.0)

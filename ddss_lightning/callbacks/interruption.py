@@ -89,9 +89,10 @@ class Interruption(ModelCheckpoint):
         # The same Trainer, told to take more steps.
         goes_on = trainer.global_step and self.last_model_path == self.path
         if trainer.strategy.broadcast(not (resumed or goes_on) and path.exists()):
+            where = "the logger's version" if trainer.loggers else "without a logger --trainer.default_root_dir"
             raise ValueError(
                 f"'{self.path}' is the checkpoint of another fit; go on with it (ckpt_path), or give another folder "
-                "(dirpath, or the logger's version)."
+                f"(dirpath, or {where})."
             )
 
     # ------------------------------------------------------------------------------------------------------ signals

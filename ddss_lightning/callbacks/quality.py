@@ -214,9 +214,11 @@ class SampleQuality(Callback):
         place = os.path.relpath(folder, run_folder(trainer))
         self._is_of_another = trainer.strategy.broadcast(self._holds_another(trainer, folder, place))
         if self._is_of_another and not self.overwrite:
+            # Without a logger all runs have one folder.
+            other = "" if trainer.loggers else ", or the whole run another --trainer.default_root_dir"
             raise ValueError(
                 f"'{folder}' already holds a sampler; give another dirpath or overwrite=True (on the command line "
-                "--quality.dirpath or --quality.overwrite=true)."
+                f"--quality.dirpath or --quality.overwrite=true){other}."
             )
         self._place = place
 

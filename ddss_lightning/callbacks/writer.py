@@ -58,18 +58,18 @@ class ImageWriter(Callback):
             )
         folder = Path(self.output_dir)
         # The first process looks; the others would find what it has made, or wait for it.
-        problem = trainer.strategy.broadcast(self._problem(folder) if trainer.is_global_zero else "")
+        problem = trainer.strategy.broadcast(self._made(folder) if trainer.is_global_zero else "")
         if problem:
             raise ValueError(f"The output folder '{folder}' {problem}.")
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         # Images of another sampler between those of this one would be taken for its own.
         for path in folder.iterdir():
             if re.fullmatch(r"\d{5,}\.png", path.name):
                 path.unlink()
 
-    def _problem(self, folder: Path) -> str:
+    def _made(self, folder: Path) -> str:
+        """Make the folder; why it cannot be, or must not be used."""
         if folder.exists() and not folder.is_dir():
             return "is a file; give another output_dir (`--images.output_dir`)"
         if why_no_folder(folder):
@@ -77,6 +77,10 @@ class ImageWriter(Callback):
         if folder.exists() and any(folder.iterdir()) and not self.overwrite:
             options = "`--images.output_dir=FOLDER`, `--images.overwrite=true`"
             return f"is not empty; give another output_dir or overwrite=True (on the command line {options})"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"cannot be made ({error.strerror}); give another output_dir (`--images.output_dir`)"
         return ""
 
     def on_predict_batch_end(  # noqa: D102 - Lightning's hook

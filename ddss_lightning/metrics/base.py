@@ -123,7 +123,8 @@ class RowMetric(SampleMetric):
             indices = torch.full((len(rows),), -1, device=rows.device)
         elif indices.shape != (len(rows),) or indices.is_floating_point() or (indices < 0).any():
             raise ValueError(
-                f"indices must be {len(rows)} integers of at least 0, one for each sample, got {indices!r}."
+                f"indices must be {len(rows)} integers of at least 0, one for each sample, got {indices.dtype} of "
+                f"shape {tuple(indices.shape)}."
             )
         self.rows.append(rows)
         self.indices.append(indices.to(rows.device, torch.long))

@@ -68,7 +68,10 @@ class InceptionScore(SampleMetric):
         if indices is None:
             indices = self._count(len(log_probability))
         elif indices.shape != (len(log_probability),) or indices.is_floating_point():
-            raise ValueError(f"indices must be {len(log_probability)} integers, one for each sample, got {indices!r}.")
+            raise ValueError(
+                f"indices must be {len(log_probability)} integers, one for each sample, got {indices.dtype} of shape "
+                f"{tuple(indices.shape)}."
+            )
         split = indices.to(log_probability.device, torch.long) % self.splits
         probability = log_probability.exp()
         self.num.index_add_(0, split, torch.ones_like(split))

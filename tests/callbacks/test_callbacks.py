@@ -224,6 +224,21 @@ def test_a_judge_looks_on(tmp_path):
         runner.test(make(), data())
 
 
+def test_without_a_logger_another_folder_for_the_whole_run_is_named(tmp_path):
+    """The first remedy led from one refusal to the next."""
+
+    def fit(folder, **options):
+        callbacks = [SampleQuality(**options), Interruption()]
+        trainer(folder, 1, callbacks=callbacks, enable_checkpointing=False).fit(make(), data(1))
+
+    fit(tmp_path)
+    with pytest.raises(ValueError, match=r"overwrite=true\), or the whole run another --trainer\.default_root_dir\."):
+        fit(tmp_path)
+    with pytest.raises(ValueError, match=r"\(dirpath, or without a logger --trainer\.default_root_dir\)\."):
+        fit(tmp_path, overwrite=True)
+    fit(tmp_path / "other")
+
+
 def test_existing_sampler_is_not_overwritten(tmp_path):
     module = make()
     module.sampler.save_pretrained(tmp_path / "s")
