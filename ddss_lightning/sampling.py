@@ -317,10 +317,11 @@ class SamplingModule(LightningModule):
             ValueError: something else.
         """
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
-            shape = f" of {indices.dtype}, shape {tuple(indices.shape)}" * isinstance(indices, Tensor)
+            is_tensor = isinstance(indices, Tensor)
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}" if is_tensor else type(indices).__name__
             raise ValueError(
-                f"A batch of {split} must be the indices of its noise, integers of shape (N,), got "
-                f"{type(indices).__name__}{shape}; take the loaders of ImageDataModule, which give them."
+                f"A batch of {split} must be the indices of its noise, integers of shape (N,), got {got}; take "
+                "the loaders of ImageDataModule, which give them."
             )
         return to_pixels(self._unclamped(split, indices))
 

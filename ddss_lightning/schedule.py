@@ -24,7 +24,7 @@ class NoiseSchedule(nn.Module):
     lambda -> t are differentiable almost everywhere and exact at the trained timesteps. All numbers are float64.
 
     Args:
-        logsnrs: lambda at the trained timesteps, shape (T,), finite and strictly decreasing, from above 0 to below.
+        logsnrs: lambda at the trained timesteps, shape (T,), finite and strictly decreasing from above 0.
         timesteps: the trained timesteps, shape (T,), strictly increasing; default 0, 1, ..., T - 1.
         scaling: how alpha and sigma follow from lambda: `vp`, sigma_data^2 alpha^2 + sigma^2 = 1; `flow`,
             alpha + sigma = 1.
@@ -32,7 +32,7 @@ class NoiseSchedule(nn.Module):
             in this way (c_in of Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1); elsewhere it is 1.
 
     Raises:
-        ValueError: fewer than two values, a wrong shape, values that are not finite, not monotone or of one sign, an
+        ValueError: fewer than two values, a wrong shape, values that are not finite, not monotone or no log-SNRs, an
             unknown scaling.
     """
 
@@ -50,11 +50,13 @@ class NoiseSchedule(nn.Module):
             raise ValueError("The half log-SNRs must be finite: 0 < alpha and 0 < sigma at every timestep.")
         if not (logsnrs.diff() < 0).all():
             raise ValueError("The half log-SNRs must decrease strictly with the timestep: noise grows with t.")
-        if not logsnrs[0] > 0 > logsnrs[-1]:
+        first, last = float(logsnrs[0]), float(logsnrs[-1])
+        # Those of `alphas_cumprod` lie in [0, 1], and below 0. A schedule of few timesteps can end above 0.
+        if first <= 0 or (first <= 1 and last >= 0):
             raise ValueError(
-                "The half log-SNRs log(alpha / sigma) must begin above 0, near the image, and end below, near noise; "
-                f"got {float(logsnrs[0]):.4g} to {float(logsnrs[-1]):.4g}. Use NoiseSchedule.from_scheduler, or, of "
-                "alphas_cumprod a, NoiseSchedule(a.double().logit() / 2)."
+                "The half log-SNRs log(alpha / sigma) must begin near the image, well above 0, and end near noise, got "
+                f"{first:.4g} to {last:.4g}. Use NoiseSchedule.from_scheduler, or, of alphas_cumprod a, "
+                "NoiseSchedule(a.double().logit() / 2)."
             )
         grid = torch.arange(len(logsnrs)) if timesteps is None else timesteps.detach().cpu()
         grid = grid.double()

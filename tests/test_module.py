@@ -576,8 +576,8 @@ def test_batches_that_are_no_indices_are_told(tmp_path):
     """Images from a data module of one's own were taken for numbers of noise, and printed whole."""
     module = make()
     for batch, got in (
-        (torch.zeros(4, 1, 8, 8), r"Tensor of torch.float32, shape \(4, 1, 8, 8\)"),
-        (torch.zeros(4), r"Tensor of torch.float32, shape \(4,\)"),
+        (torch.zeros(4, 1, 8, 8), r"torch.float32 of shape \(4, 1, 8, 8\);"),
+        (torch.zeros(4), r"torch.float32 of shape \(4,\);"),
         ([torch.arange(4)], "list;"),
     ):
         with pytest.raises(ValueError, match=f"of validation must be the indices of its noise, .* got {got}"):

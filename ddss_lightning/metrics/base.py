@@ -124,7 +124,7 @@ class RowMetric(SampleMetric):
         elif indices.shape != (len(rows),) or indices.is_floating_point() or (indices < 0).any():
             raise ValueError(
                 f"indices must be {len(rows)} integers of at least 0, one for each sample, got {indices.dtype} of "
-                f"shape {tuple(indices.shape)}."
+                f"shape {tuple(indices.shape)}{', some below 0' * bool((indices < 0).any())}."
             )
         self.rows.append(rows)
         self.indices.append(indices.to(rows.device, torch.long))

@@ -229,7 +229,7 @@ def test_without_a_logger_another_folder_for_the_whole_run_is_named(tmp_path):
 
     def fit(folder, **options):
         callbacks = [SampleQuality(**options), Interruption()]
-        trainer(folder, 1, callbacks=callbacks, enable_checkpointing=False).fit(make(), data(1))
+        trainer(folder, 1, callbacks=callbacks).fit(make(), data(1))
 
     fit(tmp_path)
     with pytest.raises(ValueError, match=r"overwrite=true\), or the whole run another --trainer\.default_root_dir\."):
