@@ -71,9 +71,11 @@ class KeepAll(Remat):
 
 @dataclass(frozen=True)
 class RecomputeEvery(Remat):
-    """`every(n)`: every n-th call, counted from the last, is computed again; `denoiser` is n = 1.
+    """`every(n)`: every n-th call, counted from the last, is computed again, but not the last; `denoiser` is n = 1.
 
-    About (2 + 1/n) K forwards for a step, and (1 - 1/n) K times the memory of one call.
+    The backward pass begins with the last call: what it kept would be computed again at once. About (2 + 1/n) K - 1
+    forwards for a step, and the memory of one call, or of (1 - 1/n) K, besides that of the feature network, which comes
+    in between.
 
     Args:
         n: at least 1.
@@ -86,7 +88,7 @@ class RecomputeEvery(Remat):
             raise ValueError(f"remat: every(n) needs n of at least 1, got {self.n}.")
 
     def recomputed(self, num_steps: int, bytes_per_call: Callable[[], int]) -> list[bool]:  # noqa: ARG002, D102
-        return [(num_steps - 1 - k) % self.n == 0 for k in range(num_steps)]
+        return [k < num_steps - 1 and (num_steps - 1 - k) % self.n == 0 for k in range(num_steps)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class MemoryBudget(Remat):
     """`budget(bytes)`: as many calls keep their activations as fit, by the size of the first; the rest are recomputed.
 
     The last calls are kept: their activations are gone before the first recomputation takes its own. The memory of
-    one call, which every policy needs, is part of the budget; feature network, weights and states are not.
+    one call, which every policy needs, is part of the budget; feature network, weights and states are not. A budget
+    below one call has all of them computed again, the last one too, after the feature network's part.
 
     Args:
         num_bytes: at least 1; texts take units, `500MB` or `4GiB`.

@@ -36,8 +36,8 @@ def unroll(
         noise: z_0, ..., z_{K-2}, shape (K - 1, N, C, H, W), or None where no noise is added. It may lie in main
             memory: each step fetches its own, or, where steps look back (`past_noise`), all is fetched once.
         remat: what is kept for the backward pass, a `Remat` or its name. `none` keeps all activations; `denoiser` keeps
-            only the input of each network call and computes the call again; `every(n)` and `budget(bytes)` lie between;
-            `+offload` keeps the states in main memory.
+            only the input of each network call but the last, and computes the call again; `every(n)` and
+            `budget(bytes)` lie between; `+offload` keeps the states in main memory.
 
     Returns:
         The last state, x_0, shape (N, C, H, W). A warning says if it is not finite.

@@ -1,6 +1,7 @@
 import dataclasses
 import warnings
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -105,10 +106,14 @@ class Counted(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("remat", "calls"), [("none", 4), ("denoiser", 7), ("every(2)", 6), ("every(3)", 5), ("budget(1GB)", 4)]
+    ("remat", "calls"),
+    [("none", 4), ("denoiser", 6), ("every(2)", 5), ("every(3)", 4), ("budget(1GB)", 4), ("budget(1B)", 7)],
 )
 def test_the_network_calls_of_a_policy(mixture, remat, calls):
-    """The first call has no input that needs a gradient: it is never computed again, and serves to measure."""
+    """The first call has no input that needs a gradient: it is never computed again, and serves to measure.
+
+    The last is computed again by a budget below one call alone.
+    """
     network, x_T = Counted(mixture), torch.randn(2, 1, 2, 2, dtype=torch.float64)
     sampler = moved_sampler(mixture.schedule)
     sampler(network, x_T, noise=torch.zeros(3, *x_T.shape, dtype=torch.float64), remat=remat).sum().backward()
@@ -159,24 +164,31 @@ def test_a_start_with_a_gradient_has_it_under_a_budget(mixture):
     assert torch.equal(*slopes)
 
 
-def test_rematerialisation_keeps_the_states_alone(denoiser):
-    """What autograd holds after the forward pass: one tensor of the batch's shape for each state, and its noise."""
-    x_T, noise = torch.randn(8, 1, 8, 8), torch.randn(3, 8, 1, 8, 8)
-    held = {}
+def test_rematerialisation_keeps_the_states_and_the_last_call(denoiser):
+    """What autograd holds after the forward pass: each state and its noise once, and the activations of one call."""
 
-    def pack(value):
-        if value.requires_grad or value.numel() >= x_T.numel():
-            held[value.data_ptr()] = value
-        return value
+    def held(num_steps, remat):
+        x_T, noise = torch.randn(8, 1, 8, 8), torch.randn(num_steps - 1, 8, 1, 8, 8)
+        found = {}
 
-    sampler = moved_sampler(denoiser.schedule)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        x_0 = sampler(denoiser, x_T, noise=noise, remat="denoiser")
-    images = [value for value in held.values() if value.numel() >= x_T.numel()]
-    # Four states, three noises, and the output of the first call, which is not computed again.
-    assert len(images) == 4 + 3 + 1
-    assert all(value.shape == x_T.shape for value in images)
-    x_0.sum().backward()
+        def pack(value):
+            if value.requires_grad or value.numel() >= x_T.numel():
+                found[value.data_ptr()] = value
+            return value
+
+        sampler = moved_sampler(denoiser.schedule, num_steps=num_steps)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            x_0 = sampler(denoiser, x_T, noise=noise, remat=remat)
+        x_0.sum().backward()
+        return Counter(tuple(value.shape) for value in found.values() if value.numel() >= x_T.numel())
+
+    # The states, the noises, and the output of the first call, which is not computed again.
+    for num_steps in (4, 6):
+        assert held(num_steps, "budget(1B)") == {(8, 1, 8, 8): num_steps + num_steps - 1 + 1}
+    few, many, all_kept = held(4, "denoiser"), held(6, "denoiser"), held(4, "none")
+    assert many - few == {(8, 1, 8, 8): 2 + 2}
+    assert few.total() > 4 + 3 + 1
+    assert all_kept.total() > 2 * few.total()
 
 
 def test_states_are_sent_to_main_memory_once(mixture, monkeypatch):
