@@ -82,7 +82,7 @@ class FullMatrixAdam(Optimizer):
     def _direction(self, gradient: Tensor, units: Tensor) -> Tensor:
         """Takes g, shape (d,), into m and V, and returns (V + damping)^(-1/2) m, corrected, in `units`, shape (d,)."""
         settings, num = self.param_groups[0], len(gradient)
-        state = self.state[settings["params"][0]]
+        state = self.state[next(p for group in self.param_groups for p in group["params"])]
         if not state:
             state.update(step=torch.zeros(()), mean=gradient.new_zeros(num), matrix=gradient.new_zeros(num, num))
         if "matrix" not in state or len(state["matrix"]) != num:

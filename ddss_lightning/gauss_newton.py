@@ -50,12 +50,13 @@ class GaussNewton:
     rank: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("residual_images", "trial_images"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        if not self.dampings or min(self.dampings) <= 0:
+        for name, least in {"residual_images": 2, "trial_images": 2, "rank": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        # NaN is not positive either.
+        if not self.dampings or not all(0 < each < torch.inf for each in self.dampings):
             raise ValueError(f"dampings must be positive numbers, got {self.dampings}.")
-        if min(self.difference, self.time_difference) <= 0:
+        if not all(0 < each < torch.inf for each in (self.difference, self.time_difference)):
             raise ValueError(f"Differences must be positive, got {self.difference} and {self.time_difference}.")
 
     @torch.no_grad()

@@ -31,12 +31,12 @@ FEW, LARGEST_ERROR = 4, 4.0
 class TeacherPairs:
     r"""The teacher of a `TeacherLoss`: x_T, by index, and the image that a deterministic sampler makes of it.
 
-    The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, what the teacher's
-    coefficients follow from (its arguments, an outline of the schedule, the version of diffusers), and the seed. A file
-    is there whole or not at all: an interrupted run goes on with those that are missing, a larger `num_pairs` makes
-    only the new ones, and several processes share the work. Four images are made again, and compared, before kept ones
-    are used: the code of a denoiser may have changed. Noise is drawn again when it is needed, by (seed, index),
-    apart from all other noise.
+    The images lie in a cache, in files of `chunk_size`, that are keyed by the denoiser, what the teacher's coefficients
+    follow from (its arguments, an outline of the schedule, the version of diffusers), and the seed. A file is there
+    whole or not at all: an interrupted run goes on with those that are missing, a larger `num_pairs` makes only the new
+    ones (and again those of a last file that was not full), and several processes share the work. Four images are made
+    again, and compared, before kept ones are used: the code of a denoiser may have changed. Noise is drawn again when
+    it is needed, by (seed, index), apart from all other noise.
 
     A step takes its global batch from permutations of the pairs that are a function of the fit's own seed and the
     epoch, each pair at most once in an epoch: a fit is the same on any number of processes and however often it is

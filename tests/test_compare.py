@@ -1,6 +1,7 @@
 """`ddss compare`: the same figures as `ddss test`, kept, gone on with after a kill, and the same on two processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -682,6 +683,8 @@ def test_two_comparisons_in_one_folder_keep_the_scores_of_both(tmp_path):
     other.put("two", {"fid": 2.0})
     one.put("three", {"fid": 3.0})
     assert Scores(path, {"images": 10}).cells == {"one": {"fid": 1.0}, "two": {"fid": 2.0}, "three": {"fid": 3.0}}
+    # Of several processes one alone writes: what it finds there must not change what it takes for known.
+    assert one.cells == {"one": {"fid": 1.0}, "three": {"fid": 3.0}}
     path.unlink()
     Scores(path, {"images": 20}).put("one", {"fid": 4.0})
     with pytest.raises(ValueError, match=r"another protocol \(different: images\)"):
@@ -705,3 +708,37 @@ def test_files_of_the_user_are_not_replaced(tmp_path, capsys):
 def test_what_is_named_twice_is_measured_once():
     settings = Comparison(steps=[5, 5, 2], solvers=["DDIM", "DDIM"], seeds=[0, 0])
     assert (settings.steps, settings.solver_names, settings.seeds) == ([5, 2], ["DDIM"], [0])
+
+
+def write_scores(path, name, num):
+    scores = Scores(path, {"images": 10})
+    for index in range(num):
+        scores.put(f"{name}{index}", {"fid": 1.0})
+
+
+def test_no_score_is_lost_when_comparisons_write_at_once(tmp_path):
+    path, context = tmp_path / "scores.json", multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_scores, args=(path, name, 40)) for name in "abc"]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+    assert len(Scores(path, {"images": 10}).cells) == 120
+    assert [each.name for each in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_processes_at_different_samplers_are_told(denoiser, features, tmp_path, monkeypatch):
+    """Another comparison has put a score into the folder that one process saw and the other did not."""
+    trainer = Trainer(accelerator="cpu", logger=False)
+    module = DDSSModule(denoiser, GGDMSampler(denoiser.schedule, 2), features)
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda of: f"not {of}" if isinstance(of, str) else of)
+    settings = Comparison(steps=[2], solvers=["DDIM"], num_images=10, selection_images=10, output=tmp_path)
+    with pytest.raises(ValueError, match=r"The processes found different scores in the output folder.*start again"):
+        compare(module, DigitsDataModule(eval_batch_size=10), trainer, settings)
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("name", ["steps", "seeds"])
+def test_something_must_be_compared(name):
+    with pytest.raises(ValueError, match=f"--{name} must name at least one"):
+        Comparison(**{name: ()})

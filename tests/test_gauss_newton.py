@@ -1,5 +1,7 @@
 """Gauss-Newton on the Frechet distance: the metric to second order, exact steps, one process = two."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -95,7 +97,10 @@ def test_samples_that_are_not_finite_give_no_step(bad):
         ({"trial_images": 0}, "trial_images must be at least 2, got 0"),
         ({"dampings": ()}, "dampings must be positive"),
         ({"dampings": (0.1, 0.0)}, "dampings must be positive"),
+        ({"dampings": (0.1, math.nan)}, "dampings must be positive"),
         ({"difference": 0.0}, "Differences must be positive"),
+        ({"time_difference": math.nan}, "Differences must be positive"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
     ],
 )
 def test_bad_settings(arguments, message):

@@ -641,6 +641,16 @@ def test_a_loss_that_needs_what_is_not_there_is_refused(needs, message):
         make(loss=Sum({"own": loss}) if needs != "features" else loss)
 
 
+def test_one_loss_in_two_places_is_refused():
+    """The second space gave its real features to the first one, too: the first term was 5.8 in place of 2.4."""
+    kid = KIDLoss()
+    loss = WeightedSum({"own": kid, "random": InFeatures(RandomFeatures(1, 8), kid)})
+    said = "one and the same KIDLoss as 'losses.own' and as 'losses.random.loss', .* give each place its own KIDLoss"
+    with pytest.raises(ValueError, match=said):
+        make(loss=loss)
+    make(loss=WeightedSum({"own": kid, "random": InFeatures(RandomFeatures(1, 8), KIDLoss())}))
+
+
 def test_a_latent_model_without_decode_is_told_before_scoring(tmp_path):
     class Latent(DiffusersDenoiser):
         state_shape = (1, 4, 4)

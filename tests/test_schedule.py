@@ -54,6 +54,7 @@ def test_matches_tells_schedules_apart(schedule):
     assert schedule.matches(again)
     assert schedule.matches(NoiseSchedule(schedule.table + 1e-4))
     assert not schedule.matches(other)
+    assert not schedule.matches(NoiseSchedule(schedule.table + 2e-2))
     assert not schedule.matches(NoiseSchedule(schedule.table[:-1]))
 
 

@@ -18,6 +18,7 @@ from ddss_lightning.compare.settings import Comparison
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import FeatureExtractor
 from ddss_lightning.sampling import SamplingModule
+from ddss_lightning.signals import agreed
 
 GRID_IMAGES = 64
 
@@ -99,7 +100,11 @@ class Scorer:
         return images * placements[0].nfe
 
     def score(self, candidate: Candidate, seed: int, split: str) -> Cell:
-        """All scores on the noise of `split` `test`; on `validation` the FID alone."""
+        """All scores on the noise of `split` `test`; on `validation` the FID alone.
+
+        Raises:
+            ValueError: fewer images than were asked for, or processes that are not at the same sampler.
+        """
         key = self.key(candidate, seed, split)
         if key not in self.scores.cells:
             self._take(candidate, seed)
@@ -110,6 +115,11 @@ class Scorer:
                 raise ValueError(
                     f"{quality.num_images} images were scored, not {self.num_images[split]}: leave "
                     f"limit_{split}_batches and fast_dev_run out of the trainer's settings."
+                )
+            if agreed(self.trainer, self.trainer.strategy.broadcast(key) != key):
+                raise ValueError(
+                    "The processes found different scores in the output folder, into which another comparison writes; "
+                    "start again, or give another --output."
                 )
             cell: Cell = {name: v if math.isfinite(v) else None for name, v in quality.scores.items()}
             if quality.num_not_finite:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddss_lightning.files import replacing
+from ddss_lightning.files import alone_in, replacing
 
 # Scores by name; None, and the number of images under `not_finite`, where a sampler made images that are not finite.
 Cell = dict[str, float | None]
@@ -15,6 +15,9 @@ Cell = dict[str, float | None]
 
 class Scores:
     """Scores on disk, so that what is finished is never computed again. Each write replaces the file at once.
+
+    `cells` are those that were there at the start, and what this comparison has added: of several processes all have
+    the same, whatever another comparison puts into the file meanwhile.
 
     Args:
         path: the file; there need not be one yet.
@@ -54,9 +57,8 @@ class Scores:
         Raises:
             ValueError: the file was damaged meanwhile, or is of another protocol.
         """
-        self.cells = {**self._stored(), **self.cells, key: cell}
+        self.cells[key] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as partial:
-            partial.write_text(
-                json.dumps({"protocol": self.protocol, "cells": dict(sorted(self.cells.items()))}, indent=1)
-            )
+        with alone_in(self.path.parent), replacing(self.path) as partial:
+            cells = {**self._stored(), **self.cells}
+            partial.write_text(json.dumps({"protocol": self.protocol, "cells": dict(sorted(cells.items()))}, indent=1))

@@ -30,7 +30,8 @@ class Comparison:
         output: the folder for scores, tables and pictures.
 
     Raises:
-        ValueError: an unknown solver, or numbers below 1 (`steps`), 6 (`num_images`) and 2 (`selection_images`).
+        ValueError: an unknown solver, no number of steps or seed, or numbers below 1 (`steps`), 6 (`num_images`) and 2
+            (`selection_images`).
     """
 
     steps: Sequence[int] = (5, 10, 20)
@@ -53,6 +54,9 @@ class Comparison:
         for name, least in {"num_images": 6, "selection_images": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        for name in ("steps", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} must name at least one, got none.")
         if min(self.steps) < 1:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps)}.")
         object.__setattr__(self, "output", Path(self.output))

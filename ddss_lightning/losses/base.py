@@ -139,9 +139,17 @@ def check_needs(loss: SampleLoss) -> None:
     """Make sure that a loss of one's own, with all that it is made of, needs what there is.
 
     Raises:
-        ValueError: `needs` is no set of names, holds an unknown one, or neither `features` nor `images`, through which
-            alone a loss depends on the samples.
+        ValueError: one object in two places, of which the second would take the real features of the first; `needs` is
+            no set of names, holds an unknown one, or neither `features` nor `images`, through which alone a loss
+            depends on the samples.
     """
+    seen: dict[SampleLoss, str] = {}
+    for name, part in loss.named_modules(remove_duplicate=False):
+        if isinstance(part, SampleLoss) and seen.setdefault(part, name) != name:
+            raise ValueError(
+                f"The loss has one and the same {type(part).__name__} as '{seen[part]}' and as '{name}', and each loss "
+                f"remembers the real images of its own space; give each place its own {type(part).__name__}(...)."
+            )
     # A sum needs what its parts do: the parts first.
     for part in reversed(every_loss(loss).values()):
         kind = type(part).__name__

@@ -21,9 +21,14 @@ def test_epochs_are_whole_permutations_and_repeatable():
     first = list(sampler)
     assert first == list(sampler)
     assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10))
-    assert list(EpochSampler(Indices(10), 25, 0, world_size=2, rank=1)) != first
+    # Batches of the two ranks are together those of one process.
+    for rank in range(2):
+        assert list(EpochSampler(Indices(10), 12, 0, world_size=2, rank=rank)) == first[rank:24:2]
     sampler.set_epoch(1)
-    assert list(sampler) != first
+    second = list(sampler)
+    assert second != first
+    in_the_middle = EpochSampler(Indices(10), 25, 0, used=lambda: 7)
+    assert list(in_the_middle) == first[7:] + second[:7]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
