@@ -35,6 +35,7 @@ from ddss_lightning.data import ImageDataModule
 from ddss_lightning.denoisers import Denoiser
 from ddss_lightning.denoisers.base import check_complete
 from ddss_lightning.features import FeatureExtractor
+from ddss_lightning.files import why_no_folder
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.losses import SampleLoss
 from ddss_lightning.module import DDSSModule
@@ -119,13 +120,16 @@ class SaveConfig(SaveConfigCallback):
         """As `setup`, before loggers are touched: that of CSV deletes the rows of the run that is there.
 
         Raises:
-            ValueError: the folder holds another run.
+            ValueError: the folder holds another run, or cannot be made.
         """
         # Of processes that others have started, none may leave alone.
         alone = trainer.world_size == 1 or (trainer.strategy.launcher is not None and trainer.is_global_zero)
-        with_folder = isinstance(trainer.logger, (CSVLogger, TensorBoardLogger))
-        if alone and with_folder and (held := self._held(trainer, stage)):
-            raise ValueError(held)
+        logger = trainer.logger
+        if alone and isinstance(logger, (CSVLogger, TensorBoardLogger)):
+            if problem := why_no_folder(logger.save_dir):
+                raise ValueError(f"--trainer.logger.save_dir: {problem}.")
+            if held := self._held(trainer, stage):
+                raise ValueError(held)
 
     def _held(self, trainer: Trainer, stage: str) -> str:
         """What to say if the folder holds another run."""
@@ -456,14 +460,17 @@ def _run_command(name: str, args: list[str]) -> None:
         ValueError: of the command; or other arguments than it has, with the way it is called.
     """
     command = COMMANDS[name]
-    needed = [each.upper() for each, of in inspect.signature(command).parameters.items() if of.default is of.empty]
+    parameters = inspect.signature(command).parameters
+    options = [each for each, of in parameters.items() if of.default is not of.empty]
+    usage = " ".join(each.upper() for each in parameters if each not in options)
     try:
         auto_cli(command, args=args, prog=f"ddss {name}", exit_on_error=False)
     except ArgumentError as error:
         # A wrong value speaks for itself.
         if "Parser key" in str(error):
             raise
-        raise ValueError(f"{error}; it is `ddss {name} {' '.join(needed)}`, see --help.") from error
+        meant = suggestion(str(error), options)
+        raise ValueError(f"{error}{meant or f'; it is `ddss {name} {usage}`, see --help.'}") from error
 
 
 def main(args: list[str] | None = None) -> None:

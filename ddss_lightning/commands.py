@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ddss_lightning.scheduler as scheduler_module
-from ddss_lightning.files import replacing, why_no_folder
+from ddss_lightning.files import make_folder, replacing
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.pictures import mu_figure, save_figure, score_title
 from ddss_lightning.saved import CARD_NAME, WEIGHTS_NAME, read_card, saved_sampler
@@ -48,12 +48,10 @@ def export(sampler: str, output: str, overwrite: bool = False) -> None:
         warnings.warn(f"The sampler in '{source}' is no good one: {problem}.", stacklevel=2)
     scheduler = GGDMScheduler.from_sampler(loaded, base_model=read_card(source)["base_model"].get("name"))
     names = (GGDMScheduler.config_name, MODULE_NAME, "README.md", CARD_NAME, WEIGHTS_NAME)
-    if problem := why_no_folder(folder):
-        raise ValueError(f"output: {problem}.")
     present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(f"'{folder}' already holds {', '.join(present)}; give another folder or --overwrite=true.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output")
     with (
         replacing(folder / MODULE_NAME) as module,
         replacing(folder / "README.md") as card,
@@ -110,7 +108,8 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
         overwrite: replace a picture that is already there.
 
     Raises:
-        ValueError: no sampler there, or a damaged one; a picture that is no `.png`, or is there already.
+        ValueError: no sampler there, or a damaged one; a picture that is no `.png`, or is there already, or
+            whose folder cannot be made.
     """
     if picture and Path(picture).suffix.lower() != ".png":
         raise ValueError(f"--picture must be a PNG file, such as mu.png, got '{picture}'.")
@@ -118,6 +117,8 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
         raise ValueError(f"'{picture}' is already there; give another file or --overwrite=true.")
     source = saved_sampler(sampler)
     loaded, card = GGDMSampler.from_pretrained(source), read_card(source)
+    if picture:
+        make_folder(Path(picture).parent, "--picture")
     print(loaded, MARGINALS, sep="\n")
     _print_heat_map(loaded)
     base_model = card["base_model"]
@@ -127,7 +128,6 @@ def inspect(sampler: str, picture: str | None = None, overwrite: bool = False) -
     if card["scores"].get("training_step") == 0:
         print(NOTHING_LEARNED)
     if picture:
-        Path(picture).parent.mkdir(parents=True, exist_ok=True)
         save_figure(mu_figure(loaded.coefficients()), picture)
         print(f"heat map: '{picture}'")
 

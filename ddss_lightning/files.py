@@ -61,6 +61,26 @@ def why_no_folder(path: str | Path) -> str:
     return ""
 
 
+def make_folder(path: str | Path, option: str) -> Path:
+    """The folder, made with its parents if need be.
+
+    Args:
+        path: of the folder.
+        option: where the path was given, for the message.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    path = Path(path)
+    if problem := why_no_folder(path):
+        raise ValueError(f"{option}: {problem}.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: '{path}' cannot be made ({error.strerror}); give another.") from error
+    return path
+
+
 def not_here() -> str:
     """Why a folder that a recipe names may not have been found."""
     return f"there is no such folder, seen from '{Path.cwd()}'; a recipe's paths begin where the command was started"

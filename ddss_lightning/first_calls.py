@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ddss_lightning.denoisers.base import Denoiser
-from ddss_lightning.features.base import FeatureExtractor
+from ddss_lightning.features.base import FeatureExtractor, finite
 from ddss_lightning.features.denoiser import DenoiserFeatures
 from ddss_lightning.frozen import check_gradient, check_tensor
 from ddss_lightning.ggdm import GGDMSampler
@@ -22,7 +22,7 @@ def check_denoiser(denoiser: Denoiser, sampler: GGDMSampler, device: torch.devic
 
     Raises:
         ValueError: another shape, no tensor, or no gradient with respect to the state, or to the time where the sampler
-            learns times.
+            learns times; likewise of the images that it decodes.
     """
     denoiser = denoiser.for_samples("check", [0])
     state = torch.zeros(1, *denoiser.state_shape).to(device, dtype).requires_grad_()
@@ -37,6 +37,10 @@ def check_denoiser(denoiser: Denoiser, sampler: GGDMSampler, device: torch.devic
             f"{tuple(state.shape)}; they must be equal."
         )
     check_gradient(output, f"the denoiser '{denoiser.name}'", moved)
+    last = torch.zeros_like(state, requires_grad=True)
+    check_gradient(
+        denoiser.decode_in_parts(last, None), f"`decode` of the denoiser '{denoiser.name}'", {"last state": last}
+    )
 
 
 def check_features(network: FeatureExtractor, device: torch.device) -> None:
@@ -57,6 +61,23 @@ def check_same_model(denoiser: Denoiser, loss: SampleLoss) -> None:
                 f"The model is '{denoiser.name}', the DenoiserFeatures of the loss are those of "
                 f"'{part.denoiser.name}'. If they are to be of one model, give both the same path."
             )
+
+
+def check_finite(images: Tensor, denoiser: Denoiser) -> None:
+    """Make sure that a denoiser makes numbers.
+
+    Args:
+        images: of the initial sampler, shape (N, C, H, W).
+        denoiser: that made them.
+
+    Raises:
+        ValueError: none of them is finite.
+    """
+    if not finite(images).any():
+        raise ValueError(
+            f"Of {len(images)} images of the initial sampler none is finite: look for NaN in the weights and in the "
+            f"output of the model '{denoiser.name}', or begin with another anchor."
+        )
 
 
 def check_range(images: Tensor) -> None:

@@ -100,5 +100,5 @@ def check_gradient(output: Tensor, name: str, inputs: dict[str, Tensor]) -> None
         if gradient is None:
             raise ValueError(
                 f"The output of {name} has no gradient with respect to the {what}, through which the sampler is "
-                "learned: its forward must have no torch.no_grad, no detach, and no rounded times (`long`, `round`)."
+                "learned: on its way there must be no torch.no_grad, no detach, and no rounded times (`long`, `round`)."
             )

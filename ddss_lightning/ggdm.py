@@ -94,10 +94,7 @@ class GGDMSampler(nn.Module):
             raise ValueError(
                 f"Unknown parametrization '{parametrization}'; choose one of {', '.join(get_args(Parametrization))}."
             )
-        try:
-            num_steps = int(operator.index(num_steps))
-        except TypeError:
-            raise ValueError(f"num_steps must be a whole number, got {num_steps!r}.") from None
+        num_steps = _whole(num_steps)
         if hasattr(anchor, "set_timesteps"):
             raise ValueError(
                 f"anchor: to start from a {type(anchor).__name__} use GGDMSampler.from_scheduler(scheduler, num_steps)."
@@ -166,11 +163,13 @@ class GGDMSampler(nn.Module):
 
     def _import_anchor(self, anchor: Mapping[str, Any]) -> ImportedAnchor:
         config = self.config
-        if config["eta"] or config["timesteps"] is not None or config["stride"] != "linear":
-            raise ValueError(
-                "eta, stride and timesteps belong to the anchors 'ddim' and 'dpmpp_2m'; the options of a diffusers "
-                "scheduler go to the anchor's init_args, set_timesteps and step."
-            )
+        for name, default in {"eta": 0.0, "timesteps": None, "stride": "linear"}.items():
+            if config[name] != default:
+                raise ValueError(
+                    f"`{name}` belongs to the anchors 'ddim' and 'dpmpp_2m', got {config[name]} with another one: "
+                    f"leave it at {default}; the options of a diffusers scheduler go to the anchor's init_args, "
+                    "set_timesteps and step."
+                )
         anchor = given_options(anchor)
         coefficients = import_anchor(anchor, self.schedule, config["num_steps"], config["prediction_type"])
         config["anchor"] = {**_plain(anchor), "coefficients": coefficients.to_lists()}
@@ -206,7 +205,7 @@ class GGDMSampler(nn.Module):
         """
         if isinstance(scheduler, type):
             raise ValueError(f"Give an instance of the scheduler, {scheduler.__name__}(...), not the class.")
-        coefficients = probe(scheduler, num_steps, set_timesteps, step)
+        coefficients = probe(scheduler, _whole(num_steps), set_timesteps, step)
         options = {"set_timesteps": set_timesteps, "step": step}
         anchor = _source(scheduler) | {name: _plain(dict(value)) for name, value in options.items() if value}
         return cls.from_coefficients(
@@ -496,6 +495,13 @@ def _with_timesteps(config: dict[str, Any], schedule: NoiseSchedule) -> dict[str
         return config
     initial = stride_timesteps(schedule, config["num_steps"], config.get("stride", "linear"))
     return {**config, "timesteps": initial.tolist()}
+
+
+def _whole(num_steps: object) -> int:
+    try:
+        return int(operator.index(num_steps))  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"num_steps must be a whole number, got {num_steps!r}.") from None
 
 
 def randn_like(x: Tensor, generator: Generators) -> Tensor:

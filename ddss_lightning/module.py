@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ddss_lightning.denoisers.base import Denoiser
 from ddss_lightning.features.base import FeatureExtractor
-from ddss_lightning.first_calls import check_denoiser, check_features, check_range, check_same_model
+from ddss_lightning.first_calls import check_denoiser, check_features, check_finite, check_range, check_same_model
 from ddss_lightning.full_matrix_adam import FullMatrixAdam
 from ddss_lightning.gauss_newton import TIME_DEGREES, GaussNewton
 from ddss_lightning.ggdm import GGDMSampler
@@ -197,10 +197,11 @@ class DDSSModule(SamplingModule):
 
         Raises:
             ValueError: too few teacher pairs, a teacher that cannot be; a network of one's own that lets no gradient
-                through, or returns something else than it must.
+                through, or returns something else than it must; a start that makes no image that is finite.
         """
         self._skipped_step = -1
-        if self.trainer.ckpt_path is None and not self.global_step:
+        fresh = self.trainer.ckpt_path is None and not self.global_step
+        if fresh:
             self._teacher_batches = self._loaded_offsets = self._loaded_decay_steps = None
             self.num_skipped = self.num_skipped_in_a_row = 0
             for part in every_loss(self.loss).values():
@@ -219,7 +220,11 @@ class DDSSModule(SamplingModule):
         # A compiled one would be compiled once more, for a few images.
         if getattr(self.denoiser, "compile_mode", None) is None:
             with torch.no_grad(), full_precision(self.device.type):
-                check_range(self._unclamped("validation", torch.arange(CHECKED_IMAGES)))
+                images = self._unclamped("validation", torch.arange(CHECKED_IMAGES))
+            # One that went wrong since its start has a best sampler.
+            if fresh:
+                check_finite(images, self.denoiser)
+            check_range(images)
 
     def _check_networks(self) -> None:
         check_same_model(self.denoiser, self.loss)

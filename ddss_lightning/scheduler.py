@@ -204,8 +204,8 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         log folder of a fit.
 
         Raises:
-            OSError: neither is there, see diffusers' `SchedulerMixin.from_pretrained`.
-            ValueError: a damaged sampler, or no such folder.
+            OSError: not on the hub, see diffusers' `SchedulerMixin.from_pretrained`.
+            ValueError: a damaged sampler, no such folder, or one without a learned sampler or with several.
         """
         folder = Path(str(pretrained_model_name_or_path or ""), str(subfolder or ""))
         if not (folder / cls.config_name).is_file():
@@ -215,6 +215,11 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 if (saved / SAMPLER_WEIGHTS).is_file():
                     scheduler = cls._from_sampler_folder(saved)
                     return (scheduler, kwargs) if return_unused_kwargs else scheduler
+            if folder.is_dir():
+                several = f"{len(fits)} fits; give the folder of one of them" if fits else "no learned sampler"
+                raise ValueError(f"'{folder}' holds {several}: it needs {SAMPLER_WEIGHTS} or {cls.config_name}.")
+        else:
+            cls._check_config(folder / cls.config_name)
         # A name on the hub has one slash, and is no place in a folder that is here.
         name = str(pretrained_model_name_or_path or "")
         if not folder.exists() and (Path(name).parent.is_dir() or name.count("/") != 1):
@@ -222,6 +227,15 @@ class GGDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"There is no folder '{folder}', seen from '{Path.cwd()}'; give a saved or exported sampler."
             )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _check_config(cls, path: Path) -> None:
+        try:
+            name = json.loads(path.read_text()).get("_class_name")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"'{path}' is damaged: {error}") from error
+        if name != "GGDMScheduler":
+            raise ValueError(f"'{path}' is of {name}, no learned sampler; give a saved or exported one.")
 
     @classmethod
     def _from_sampler_folder(cls, folder: Path) -> GGDMScheduler:

@@ -14,7 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-NOTHING_LEARNED = "nothing was learned since the start. To start again: the same command"
+NOTHING_LEARNED = (
+    "nothing was learned since the start. To start again: the same command, and --ckpt_path=last where it names a "
+    "--trainer.logger.version"
+)
 
 
 @contextmanager

@@ -29,9 +29,22 @@ def suggestion(message: str, options: Iterable[str]) -> str:
             options = inspect.signature(pydoc.locate(class_path)).parameters  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return ""
-    names = list(options)
-    # Of a key with many parts, such as `model.lrr`, the last decides among those beside it.
-    part, _, _ = asked.rpartition(".")
-    beside = [name for name in names if name.rpartition(".")[0] == part]
-    close = difflib.get_close_matches(asked, beside, 1) or difflib.get_close_matches(asked, names, 1)
-    return f"; did you mean {'--' * bool(flag)}{close[0]}?" if close else ""
+    close = closest(asked, list(options))
+    return f"; did you mean {'--' * bool(flag)}{close}?" if close else ""
+
+
+def closest(asked: str, names: list[str]) -> str:
+    """The name that is most like what was asked for, or nothing where none is.
+
+    Of a key with many parts, such as `model.lrr`, the last decides among those beside it: what they share tells
+    nothing. Where the first parts are none, the whole does.
+    """
+    part, _, last = asked.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == part}
+    elsewhere = {name.rpartition(".")[2]: name for name in names}
+    found = difflib.get_close_matches(last, beside, 1)
+    if found:
+        return beside[found[0]]
+    if last in elsewhere:
+        return elsewhere[last]
+    return "" if beside else next(iter(difflib.get_close_matches(asked, names, 1)), "")

@@ -57,7 +57,8 @@ def unroll(
     # The sum is not finite if one number is not (or if they are as large as that), and is quicker to come by.
     if not x_0.detach().sum(dtype=torch.promote_types(x_0.dtype, torch.float32)).isfinite():
         warnings.warn(
-            "The sampler made images that are not finite; look at `print(sampler)` for states that grow out of scale.",
+            "The sampler made images that are not finite; look for NaN in the model's output, and at `print(sampler)` "
+            "for states that grow out of scale.",
             stacklevel=2,
         )
     return x_0

@@ -145,8 +145,16 @@ def test_what_does_not_fit_an_imported_anchor_is_refused(schedule):
         GGDMSampler(schedule, 4, anchor=anchor, learn=("logsnr",))
     with pytest.raises(ValueError, match=r"Give an instance of the scheduler, UniPCMultistepScheduler\(\.\.\.\)"):
         GGDMSampler.from_scheduler(UniPCMultistepScheduler, 4)
-    with pytest.raises(ValueError, match="eta, stride and timesteps belong to the anchors 'ddim'"):
+    with pytest.raises(
+        ValueError, match=r"`stride` belongs to .* 'ddim' .* got quadratic with another one: leave it at l"
+    ):
         GGDMSampler(schedule, 4, anchor=anchor, stride="quadratic")
+    with pytest.raises(
+        ValueError, match="UniPCMultistepScheduler has no argument 'solver_ordr'; did you mean solver_order"
+    ):
+        GGDMSampler(schedule, 4, anchor={**anchor, "init_args": {"solver_ordr": 3}})
+    with pytest.raises(ValueError, match="num_steps must be a whole number, got '4'"):
+        GGDMSampler.from_scheduler(UniPCMultistepScheduler(), "4")
     with pytest.raises(ValueError, match="coefficients of 4 steps, but num_steps is 5"):
         GGDMSampler(schedule, 5, anchor=GGDMSampler(schedule, 4, anchor=anchor).config["anchor"])
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):

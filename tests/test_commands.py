@@ -153,6 +153,9 @@ def test_where_the_sampler_is(fits):
         (["inspect", str(ROOT / "recipes")], "neither 'sampler.json' nor 'sampler/sampler.json' is there"),
         (["inspect", SAMPLER, "--colour=red"], "--colour=red; it is `ddss inspect SAMPLER`, see --help."),
         (["export", "--sampler", SAMPLER], "--sampler; it is `ddss export SAMPLER OUTPUT`, see --help."),
+        (["export", SAMPLER, "out", "--overwite=true"], "--overwite=true; did you mean --overwrite? ("),
+        (["export", SAMPLER, "/proc/out"], "output: '/proc/out"),
+        (["inspect", SAMPLER, "--picture", "/proc/out/mu.png"], "--picture: '/proc/out"),
         (["inspect", SAMPLER, "--overwrite=perhaps"], "overwrite: expected <class 'bool'>, got perhaps. ("),
     ],
 )

@@ -25,7 +25,7 @@ from ddss_lightning.compare.report import markdown, not_in_table, short_table, s
 from ddss_lightning.compare.scores import Scores
 from ddss_lightning.data import DigitsDataModule
 from ddss_lightning.denoisers import DiffusersDenoiser, MixtureDenoiser
-from ddss_lightning.features import ModuleFeatures, RandomFeatures, ResidualFeatures
+from ddss_lightning.features import ModuleFeatures, RandomFeatures, ResidualFeatures, load_any
 from ddss_lightning.ggdm import GGDMSampler
 from ddss_lightning.handmade import SOLVERS, solver_samplers
 from ddss_lightning.images import to_pixels
@@ -742,3 +742,19 @@ def test_processes_at_different_samplers_are_told(denoiser, features, tmp_path, 
 def test_something_must_be_compared(name):
     with pytest.raises(ValueError, match=f"--{name} must name at least one"):
         Comparison(**{name: ()})
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "findings").glob("*-scores*.json")), ids=lambda path: path.stem
+)
+def test_committed_scores_are_of_the_shipped_networks_and_of_this_protocol(path):
+    """Else they are refused as those of another one, where they are to spare the measuring."""
+    protocol = json.loads(path.read_text())["protocol"]
+    kind = "glyphs" if path.stem.startswith("glyphs") else "digits"
+    features, judge = (load_any(str(ROOT / "checkpoints" / f"{kind}-{name}")) for name in ("features", "judge"))
+    assert protocol["features"] == features.identity()
+    assert protocol["resize"] == features.protocol()["resize"]
+    assert protocol["judge"].startswith(f"{judge.identity()}; spacings")
+    if path.stem != "mixture-scores":
+        model = DiffusersDenoiser.from_pretrained(str(ROOT / "checkpoints" / f"{kind}-ddpm"))
+        assert protocol["model"] == f"checkpoints/{kind}-ddpm ({model.fingerprint()})"

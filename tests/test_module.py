@@ -355,10 +355,15 @@ def test_accumulated_gradients_are_refused(tmp_path):
 
 
 def test_a_start_that_is_not_finite_is_not_the_best(tmp_path):
+    """It ends with an error, so that no script goes on."""
     quality = SampleQuality(dirpath=str(tmp_path / "s"))
     module = make()
-    module.averaged.corrections["mu"].data[0] = torch.inf
-    with pytest.warns(UserWarning, match=r"makes images that are not finite \(24 of 24\)"):
+    validation_step = module.validation_step
+    module.validation_step = lambda *args: torch.nan * validation_step(*args)
+    with (
+        pytest.warns(UserWarning, match=r"makes images that are not finite \(24 of 24\)"),
+        pytest.raises(FloatingPointError, match="No sampler is kept: none made images that are finite"),
+    ):
         trainer(tmp_path, 1, callbacks=[quality], enable_checkpointing=False).fit(module, data())
     assert quality.best == {}
     assert not (tmp_path / "s").exists()
@@ -484,6 +489,17 @@ class AsDiffusers(DiffusersDenoiser):
         return self.unet(x_t, timestep)
 
 
+class BlindDecoder(DiffusersDenoiser):
+    @torch.no_grad()
+    def decode(self, x_0):
+        return 1.0 * x_0
+
+
+class NotANumber(DiffusersDenoiser):
+    def forward(self, x_t, timestep):
+        return torch.nan * super().forward(x_t, timestep)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -491,6 +507,8 @@ class AsDiffusers(DiffusersDenoiser):
         (WholeTimes, "digits-ddpm' has no gradient with respect to the timestep"),
         (TwiceAsWide, r"returns shape \(1, 1, 8, 16\) for states of shape \(1, 1, 8, 8\)"),
         (AsDiffusers, "digits-ddpm' returns UNet2DOutput, it must return a tensor: `.sample` of it"),
+        (BlindDecoder, "output of `decode` of the denoiser .* has no gradient with respect to the last state"),
+        (NotANumber, r"Of 8 images .* none is finite: look for NaN in the weights and in the output .*digits-ddpm'"),
     ],
 )
 def test_a_network_that_cannot_be_learned_through_is_refused_before_scoring(tmp_path, kind, message):

@@ -426,7 +426,8 @@ def test_an_anchor_by_name_takes_the_model_s_betas_and_prediction_type(schedule)
         ({"class_path": "nowhere.X"}, "there is no scheduler 'nowhere.X'"),
         ({"init_args": {}}, "a scheduler is named by class_path"),
         ({"class_path": "diffusers.DDIMScheduler", "args": {}}, "got class_path, args"),
-        ({"class_path": "diffusers.DDIMScheduler", "init_args": {"order": 2}}, "could not be made.*order"),
+        ({"class_path": "diffusers.DDIMScheduler", "init_args": {"order": 2}}, "has no argument 'order'; it has num_t"),
+        ({"class_path": "diffusers.DDIMScheduler", "init_args": {"beta_schedule": "boo"}}, "could not be made: boo"),
         (
             {"class_path": "diffusers.DDIMScheduler", "init_args": {"beta_schedule": "scaled_linear"}},
             "another noise sch",

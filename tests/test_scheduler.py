@@ -598,3 +598,17 @@ def test_the_only_fit_in_a_folder_is_found_and_unused_arguments_come_back(sample
     loaded, unused = GGDMScheduler.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
     assert loaded.num_steps == sampler.num_steps
     assert unused == {"other": 1}
+
+
+def test_folders_without_a_learned_sampler_are_told(sampler, tmp_path):
+    with pytest.raises(ValueError, match=r"scheduler_config\.json' is of DDPMScheduler, no learned sampler"):
+        GGDMScheduler.from_pretrained(f"{DDPM}/scheduler")
+    with pytest.raises(ValueError, match=r"digits-ddpm' holds no learned sampler: it needs sampler\.safetensors or"):
+        GGDMScheduler.from_pretrained(DDPM)
+    for version in range(2):
+        sampler.save_pretrained(tmp_path / f"version_{version}" / "sampler")
+    with pytest.raises(ValueError, match="holds 2 fits; give the folder of one of them"):
+        GGDMScheduler.from_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"scheduler_config\.json' is damaged"):
+        GGDMScheduler.from_pretrained(tmp_path)

@@ -271,7 +271,10 @@ class SampleQuality(Callback):
             remedy = "lower the learning rate" if trainer.global_step else "look for NaN in the model's weights"
             rank_zero_warn(f"Step {trainer.global_step}: {found}; {remedy}. It is not kept.")
         else:
-            rank_zero_warn(f"No scores: {found}; look at `print(sampler)` for states that grow out of scale.")
+            rank_zero_warn(
+                f"No scores: {found}; look for NaN in the model's output, and at `print(sampler)` "
+                "for states that grow out of scale."
+            )
         return self.scores
 
     # --------------------------------------------------------------------------------------------- candidate 0
@@ -459,7 +462,11 @@ class SampleQuality(Callback):
         self._is_of_another = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its best sampler, and say what was reached and where it is."""
+        """Give the module its best sampler, and say what was reached and where it is.
+
+        Raises:
+            FloatingPointError: no sampler, the initial one neither, made images that are finite.
+        """
         assert isinstance(pl_module, SamplingModule)
         # A resumed fit that had nothing left to do but this comes by here alone, without its device.
         if self._is_unscored(trainer):
@@ -468,8 +475,9 @@ class SampleQuality(Callback):
             pl_module.cpu()
         folder = self.folder(trainer)
         if not self.best and self.initial:
-            rank_zero_warn("No sampler is kept: none made images that are finite. Look at the model's output.")
-            return
+            raise FloatingPointError(
+                "No sampler is kept: none made images that are finite. Look for NaN in the model's output."
+            )
         if not self.best:
             self._keep_unscored(trainer, pl_module, folder)
             return

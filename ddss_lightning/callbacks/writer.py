@@ -118,6 +118,6 @@ class ImageWriter(Callback):
             rank_zero_info(f"{total} images and grid.png are in '{self.output_dir}'")
         if not_finite:
             raise ValueError(
-                f"{not_finite} of {total + not_finite} images are not finite, and were not written; look at the "
-                "sampler with `ddss inspect` for states that grow out of scale."
+                f"{not_finite} of {total + not_finite} images are not finite, and were not written; look for "
+                "NaN in the model's weights, and at the sampler with `ddss inspect` for states that grow out of scale."
             )

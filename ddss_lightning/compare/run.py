@@ -18,6 +18,7 @@ from ddss_lightning.compare.scores import Scores
 from ddss_lightning.compare.settings import Comparison
 from ddss_lightning.data import ImageDataModule
 from ddss_lightning.features import load_any
+from ddss_lightning.files import make_folder, why_no_folder
 from ddss_lightning.sampling import SamplingModule
 from ddss_lightning.signals import agreed, noted
 
@@ -40,6 +41,7 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
     if judge is not None:
         check_judge(judge, module)
     found = contenders(module, settings)
+    make_folder(settings.output, "--output")
     protocol = protocol_of(module, datamodule, trainer, settings, judge)
     scores = Scores(settings.output / "scores.json", protocol)
     rows, chosen = [], []
@@ -81,15 +83,13 @@ def compare(module: SamplingModule, datamodule: ImageDataModule, trainer: Traine
 
 
 def _check_output(output: Path) -> None:
-    """Make the folder; refuse one with files of the names of the results that are none.
+    """Refuse a folder with files of the names of the results that are none.
 
     Raises:
         ValueError: it has such a file and no scores, or cannot be made.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: '{output}' cannot be made ({error.strerror}); give another one.") from error
+    if problem := why_no_folder(output):
+        raise ValueError(f"--output: {problem}.")
     results = ("table.md", "table.json", "fid.png", "judge_fid.png", "samples-*.png")
     found = sorted(path.name for pattern in results for path in output.glob(pattern))
     if found and not (output / "scores.json").exists():

@@ -30,6 +30,21 @@ Weights = Literal["float32", "bfloat16"]
 MODES = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
 
 
+def read_null_label(path: Path) -> int:
+    """Of the `classes.json` of a model.
+
+    Raises:
+        ValueError: the file is another.
+    """
+    try:
+        return int(json.loads(path.read_text())["null_label"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"'{path}' must hold {{\"null_label\": N}}, N the label that stands for no class; mend it, delete it, or "
+            "give null_label=N (--denoiser.null_label=N)"
+        ) from error
+
+
 class DiffusersDenoiser(Denoiser):
     r"""A diffusers `UNet2DModel` or DiT (or a network with the same call) and its schedule, frozen.
 
@@ -163,10 +178,10 @@ class DiffusersDenoiser(Denoiser):
         check_mode(compile_mode)
         dtype = dtype_of(weights)
         classes = Path(pretrained_path) / CLASSES_NAME
+        if null_label is None and classes.is_file():
+            null_label = read_null_label(classes)
         with loading(pretrained_path):
             unet, scheduler, vae = load_parts(pretrained_path, kwargs, dtype)
-            if null_label is None and classes.is_file():
-                null_label = int(json.loads(classes.read_text())["null_label"])
         denoiser = cls(
             unet,
             NoiseSchedule.from_scheduler(scheduler),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ddss_lightning.schedule import NoiseSchedule, own_config, scheduler_prediction_type
+from ddss_lightning.suggestions import closest
 
 # Arguments of schedulers that say which noise schedule they step along.
 BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale"}
@@ -53,6 +54,11 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
         init_args.setdefault("use_flow_sigmas", True)
     if "prediction_type" in parameters:
         init_args.setdefault("prediction_type", prediction_type.removeprefix("edm_"))
+    for name in given:
+        if name not in parameters:
+            close = closest(str(name), list(parameters))
+            meant = f"; did you mean {close}?" if close else f"; it has {', '.join(list(parameters)[1:])}."
+            raise ValueError(f"anchor: {anchor['class_path']} has no argument '{name}'{meant}")
     try:
         scheduler = cls(**init_args)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -71,7 +77,8 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
             + (
                 "leave out what belongs to the schedule (betas, sigmas, num_train_timesteps): the model's is used."
                 if SCHEDULE_ARGUMENTS & given
-                else "it cannot be given the model's; use another class."
+                else "it cannot be given the model's; use another class, or dpmpp_2m with stride: logsnr, which is for "
+                "any model."
             )
         )
     if scheduler_prediction_type(scheduler) != prediction_type:

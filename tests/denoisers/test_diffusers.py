@@ -244,6 +244,11 @@ def test_labelled_networks_are_saved_and_read(labelled, tmp_path):
     with torch.no_grad():
         for again in (given, read):
             torch.testing.assert_close(again(x, t), labelled(x, t), rtol=1e-4, atol=1e-5)
+    for content in ('{"null": 2}', "2", "{"):
+        (tmp_path / "classes.json").write_text(content)
+        with pytest.raises(ValueError, match=r"classes\.json' must hold {\"null_label\": N}"):
+            DiffusersDenoiser.from_pretrained(str(tmp_path))
+        assert DiffusersDenoiser.from_pretrained(str(tmp_path), null_label=2).null_label == 2
 
 
 def test_bad_labels(labelled, denoiser, schedule):
