@@ -322,3 +322,17 @@ def test_a_network_that_returns_no_tensor_is_told_what_it_should(mixture, remat)
             sampler(network, x_T, remat=remat)
     with torch.no_grad(), pytest.raises(ValueError, match="network returns tuple"):
         Replay(network, sampler.coefficients(), x_T, torch.zeros(2, *x_T.shape))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_network_is_shown_times_in_full_precision(mixture, learned):
+    """In bfloat16 999 is 1000, which for a network of other times is another one."""
+    seen = []
+
+    def network(x, t):
+        seen.append(t.dtype)
+        return 0.1 * x
+
+    with torch.set_grad_enabled(learned):
+        unroll(network, GGDMSampler(mixture.schedule, 3).coefficients(), torch.randn(2, 1, 2, 2, dtype=torch.bfloat16))
+    assert seen == [torch.float32] * 3

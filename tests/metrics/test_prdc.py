@@ -72,3 +72,11 @@ def test_expected_values_of_equal_distributions():
     for name, expected in (("density", 1.0), ("coverage", 1 - (49 / 89) * (48 / 88))):
         found = torch.tensor([value[name] for value in values])
         assert abs(found.mean() - expected) < 3 * found.std() / 60**0.5
+
+
+def test_a_neighbour_at_exactly_the_radius_is_outside():
+    """Equally spaced on a line the third neighbour is one of two at the same distance; shifts change the rounding."""
+    for shift in (0.0, 0.1, 1 / 3, 1e3 / 7):
+        real = torch.arange(20, dtype=torch.float64)[:, None] * 0.1 + shift
+        # Inside the balls of radius 0.2 of itself and of the two beside it.
+        assert scores(real, real[5:15], 3)["density"] == pytest.approx(3 / 3)
