@@ -128,6 +128,20 @@ def test_save_and_load(scheduler, tmp_path):
     assert again.schedule.matches(sampler.schedule)
 
 
+class OpenDDIMScheduler(DDIMScheduler):
+    """Of one's own, with further arguments for the one that it is made of."""
+
+    def __init__(self, num_train_timesteps=1000, trained_betas=None, **kwargs):
+        super().__init__(num_train_timesteps, trained_betas=trained_betas, **kwargs)
+
+
+def test_a_scheduler_that_takes_any_argument(schedule):
+    options = {"clip_sample": False, "timestep_spacing": "trailing"}
+    own = GGDMSampler(schedule, 4, anchor={"class_path": f"{__name__}.OpenDDIMScheduler", "init_args": options})
+    plain = GGDMSampler(schedule, 4, anchor={"class_path": "diffusers.DDIMScheduler", "init_args": options})
+    assert torch.equal(own.coefficients().mu, plain.coefficients().mu)
+
+
 def test_loading_needs_no_scheduler(tmp_path):
     """The card holds the numbers: neither diffusers nor its version matters any more."""
     sampler = GGDMSampler.from_scheduler(UniPCMultistepScheduler(), 3)

@@ -54,8 +54,9 @@ def build_scheduler(anchor: Mapping[str, Any], schedule: NoiseSchedule, predicti
         init_args.setdefault("use_flow_sigmas", True)
     if "prediction_type" in parameters:
         init_args.setdefault("prediction_type", prediction_type.removeprefix("edm_"))
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for name in given:
-        if name not in parameters:
+        if name not in parameters and not takes_any:
             close = closest(str(name), list(parameters))
             meant = f"; did you mean {close}?" if close else f"; it has {', '.join(list(parameters)[1:])}."
             raise ValueError(f"anchor: {anchor['class_path']} has no argument '{name}'{meant}")
