@@ -28,7 +28,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     if isinstance(prompts, str):
         try:
             # Editors of Windows mark such files at their beginning.
-            texts = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
+            # `splitlines` would split at characters within captions, too, such as U+2028.
+            texts = Path(prompts).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"The prompts in '{prompts}' are not a text in UTF-8 ({error}).") from error
         except OSError as error:

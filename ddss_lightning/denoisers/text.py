@@ -132,7 +132,10 @@ class TextDenoiser(DiffusersDenoiser):
         with loading(pretrained_path):
             pipeline = saved.load(pretrained_path, kwargs, dtype)
             network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-            is_other = latent_size not in (None, sizes_of(network).sample_size)
+            size = sizes_of(network).sample_size
+            # Of some configurations it is a list.
+            known = (size, size) if isinstance(size, int) else tuple(size or ())
+            is_other = latent_size is not None and (latent_size, latent_size) != known
             if is_other:
                 network.register_to_config(sample_size=latent_size)
             shown, negative = encode_prompts(pipeline, texts, negative_prompt)

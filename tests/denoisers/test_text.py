@@ -313,6 +313,9 @@ def test_prompts_from_a_file_and_wrong_ones(folder, tmp_path, monkeypatch):
     # As an editor of Windows writes it.
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfabc\r\n a b\r\ncab")
     assert read_prompts("marked.txt") == PROMPTS
+    # Of the web: what some editors show as a new line is part of a caption.
+    (tmp_path / "web.txt").write_text("abc\u2028def\nx\x0cy\x85z\n", encoding="utf-8")
+    assert read_prompts("web.txt") == ["abc\u2028def", "x\x0cy\x85z"]
     for name, reason in {"none.txt": "No such file", "ab " * 100: "File name too long", ".": "Is a directory"}.items():
         with pytest.raises(ValueError, match=f"{reason}.*; give a text file with one in each line, or a list"):
             TextDenoiser.from_pretrained(folder, name)
@@ -365,6 +368,16 @@ def test_images_of_another_size(folder):
     for same in (as_trained, TextDenoiser.from_pretrained(folder, PROMPTS, image_size=size)):
         assert "image_size" not in same.settings()
     assert as_trained.image_shape == ((3, 256, 256) if is_large(folder) else (3, 16, 16))
+
+
+@pytest.mark.parametrize("folder", ["sd"], indirect=True)
+def test_a_size_that_the_configuration_has_as_a_list_is_the_same(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sample_size": [config["sample_size"]] * 2}))
+    size = TextDenoiser.from_pretrained(folder, PROMPTS).image_shape[-1]
+    assert "image_size" not in TextDenoiser.from_pretrained(str(tmp_path / "copy"), PROMPTS, image_size=size).settings()
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch):
